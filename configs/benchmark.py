@@ -1,0 +1,18 @@
+"""Benchmarks, measured in one run on whatever device there is.
+
+    python -m experiments.benchmark --config=configs/benchmark.py:cpu_14m
+
+Presets name a pretraining preset of configs/pretrain.py whose step is timed on random tokens: `cpu_14m` (the default;
+two minutes on two CPU cores), `gpt2_124m`, `llama3_1b` (an accelerator with 80 GB).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pretrain
+
+
+def get_config(preset: str = "cpu_14m") -> ConfigDict:
+    """The preset's training configuration under `train`, and how long to measure."""
+    train = pretrain.get_config(preset)
+    small = {} if preset == "cpu_14m" else {"batch_size": 8, "gradient_accumulation_steps": 1}
+    return ConfigDict({"what": "train", "num_steps": 8, "train": ConfigDict(train.to_dict() | small)})

@@ -1,0 +1,180 @@
+"""Generation: one pass over the prompts, then one token at a time until every row has ended. Pure and jittable."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxgpt.generate.samplers import SamplerConfig, row_keys, sample
+from jaxgpt.models import decoder
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.types import Array, Params
+
+
+class Generation(struct.PyTreeNode):
+    """What was generated; R = max_new.
+
+    tokens_BR: i32; the response with the EOS that ended it, then the pad id.
+    mask_BR: f32; 1 up to and including the EOS, 0 after it. It comes from lengths, so pad == eos is no problem.
+    logprobs_BR: f32; log-probabilities of the tokens under the distribution sampled from, 0 where the mask is 0.
+    lengths_B: i32; tokens generated, the EOS included.
+    has_eos_B: bool; whether the row ended by itself, not by max_new.
+    """
+
+    tokens_BR: Array
+    mask_BR: Array
+    logprobs_BR: Array
+    lengths_B: Array
+    has_eos_B: Array
+
+
+class _Loop(struct.PyTreeNode):
+    """step: tokens drawn so far. position_B: of the token drawn last. seen_BV: None where no penalty needs it."""
+
+    step: Array
+    cache: decoder.KVCache
+    is_live_B: Array
+    has_eos_B: Array
+    position_B: Array
+    seen_BV: Array | None
+    tokens_BR: Array
+    mask_BR: Array
+    logprobs_BR: Array
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompt_BP: Array,
+    prompt_mask_BP: Array,
+    rng: Array,
+    *,
+    max_new: int,
+    sampler: SamplerConfig,
+    eos_ids: tuple[int, ...],
+    pad_id: int = 0,
+) -> Generation:
+    """Sample up to max_new tokens after each prompt.
+
+    Token t of row b is drawn with the key fold_in(fold_in(rng, b), t), so it depends on the row's prompt, its index and
+    the seed, but not on the batch size, the padding or the other rows.
+
+    Args:
+      cfg: static.
+      params: plain arrays.
+      prompt_BP: i32. prompt_mask_BP: non-zero on real tokens; padding may be left, right or both. Positions count real
+        tokens. A row without any real token generates nothing (length 0): it can fill up a batch.
+      rng: one typed key, or one key per row [B], which takes the place of fold_in(rng, b).
+      max_new: R, static; generation stops early when all rows have ended.
+      sampler: static.
+      eos_ids: static; each of them ends a row when it is sampled. In the prompt they mean nothing.
+      pad_id: static; what fills tokens_BR after the end.
+
+    Raises:
+      ValueError: at trace time, if max_new < 1, or if P + max_new exceeds a learned position table.
+    """
+    batch, prompt_length = prompt_BP.shape
+    _check_lengths(cfg, prompt_length, max_new)
+    key_B = row_keys(rng, batch)
+    is_real_BP = prompt_mask_BP != 0
+
+    def draw(state: _Loop, x_BD: Array) -> _Loop:
+        key_now_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, state.step)
+        token_B, logprob_B = sample(key_now_B, decoder.logits(cfg, params, x_BD), state.seen_BV, sampler)
+        is_live_B = state.is_live_B
+        is_eos_B = is_live_B & jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
+        token_B = jnp.where(is_live_B, token_B, pad_id)
+        seen_BV = state.seen_BV
+        return state.replace(
+            step=state.step + 1,
+            is_live_B=is_live_B & ~is_eos_B,
+            has_eos_B=state.has_eos_B | is_eos_B,
+            position_B=state.position_B + 1,
+            seen_BV=None if seen_BV is None else seen_BV.at[jnp.arange(batch), token_B].set(True),
+            tokens_BR=state.tokens_BR.at[:, state.step].set(token_B),
+            mask_BR=state.mask_BR.at[:, state.step].set(is_live_B.astype(jnp.float32)),
+            logprobs_BR=state.logprobs_BR.at[:, state.step].set(jnp.where(is_live_B, logprob_B, 0.0)),
+        )
+
+    def extend(state: _Loop) -> _Loop:
+        token_B1 = lax.dynamic_slice_in_dim(state.tokens_BR, state.step - 1, 1, axis=1)
+        segment_B1 = state.is_live_B[:, None].astype(jnp.int32)  # a row that has ended writes padding
+        x_B1D, cache = decoder.decode(cfg, params, token_B1, segment_B1, state.position_B[:, None], state.cache)
+        return draw(state.replace(cache=cache), x_B1D[:, 0])
+
+    cache = decoder.init_cache(cfg, batch, prompt_length + max_new)
+    with jax.named_scope("prefill"):
+        x_BPD, cache = decoder.decode(cfg, params, *_prompt_arrays(prompt_BP, is_real_BP), cache)
+    start = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        cache=cache,
+        is_live_B=jnp.any(is_real_BP, axis=1),
+        has_eos_B=jnp.zeros(batch, bool),
+        position_B=jnp.sum(is_real_BP, axis=1, dtype=jnp.int32) - 1,
+        seen_BV=_tokens_seen(cfg, prompt_BP, is_real_BP) if sampler.repetition_penalty != 1 else None,
+        tokens_BR=jnp.full((batch, max_new), pad_id, jnp.int32),
+        mask_BR=jnp.zeros((batch, max_new), jnp.float32),
+        logprobs_BR=jnp.zeros((batch, max_new), jnp.float32),
+    )
+    with jax.named_scope("decode"):
+        end = lax.while_loop(
+            lambda state: (state.step < max_new) & jnp.any(state.is_live_B),
+            extend,
+            draw(start, _at_last_real(x_BPD, is_real_BP)),
+        )
+    return Generation(
+        tokens_BR=end.tokens_BR,
+        mask_BR=end.mask_BR,
+        logprobs_BR=end.logprobs_BR,
+        lengths_B=jnp.sum(end.mask_BR, axis=1).astype(jnp.int32),
+        has_eos_B=end.has_eos_B,
+    )
+
+
+def next_token_probabilities(
+    cfg: ModelConfig, params: Params, prompt_BP: Array, prompt_mask_BP: Array, *, top: int
+) -> tuple[Array, Array]:
+    """The most probable next tokens of each prompt under the model itself (temperature 1, nothing truncated).
+
+    Args:
+      cfg: static.
+      params: plain arrays.
+      prompt_BP: i32. prompt_mask_BP: non-zero on real tokens, of which each row has at least one.
+      top: K, static; at most the vocabulary size is returned.
+
+    Returns:
+      ids_BK: i32, most probable first. probs_BK: f32.
+    """
+    is_real_BP = prompt_mask_BP != 0
+    x_BPD = decoder.hidden_states(cfg, params, *_prompt_arrays(prompt_BP, is_real_BP))
+    logits_BV = decoder.logits(cfg, params, _at_last_real(x_BPD, is_real_BP))
+    probs_BK, ids_BK = lax.top_k(jax.nn.softmax(logits_BV, axis=-1), min(top, logits_BV.shape[-1]))
+    return ids_BK, probs_BK
+
+
+def _prompt_arrays(prompt_BP: Array, is_real_BP: Array) -> tuple[Array, Array, Array]:
+    """Tokens, segments and positions of the prompts; one segment per row, 0 on padding."""
+    positions_BP = jnp.maximum(jnp.cumsum(is_real_BP, axis=1, dtype=jnp.int32) - 1, 0)
+    return prompt_BP.astype(jnp.int32), is_real_BP.astype(jnp.int32), positions_BP
+
+
+def _at_last_real(x_BPD: Array, is_real_BP: Array) -> Array:
+    """The hidden state of each row's last real token, [B, D]: only there are logits needed, never [B, P, V]."""
+    index_B = x_BPD.shape[1] - 1 - jnp.argmax(is_real_BP[:, ::-1], axis=1)
+    return jnp.take_along_axis(x_BPD, index_B[:, None, None], axis=1)[:, 0]
+
+
+def _tokens_seen(cfg: ModelConfig, prompt_BP: Array, is_real_BP: Array) -> Array:
+    """Which tokens occur in each prompt, bool [B, V]."""
+    batch = len(prompt_BP)
+    return jnp.zeros((batch, cfg.vocab_size), bool).at[jnp.arange(batch)[:, None], prompt_BP].max(is_real_BP)
+
+
+def _check_lengths(cfg: ModelConfig, prompt_length: int, max_new: int) -> None:
+    if max_new < 1:
+        raise ValueError(f"max_new must be at least 1, not {max_new}.")
+    if cfg.position == "learned" and prompt_length + max_new > cfg.max_seq_length:
+        raise ValueError(
+            f"A prompt of {prompt_length} tokens (padding included) and {max_new} new ones are {prompt_length + max_new}, "
+            f"more than the learned position table of model.max_seq_length={cfg.max_seq_length} holds."
+        )

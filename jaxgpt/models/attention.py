@@ -1,0 +1,151 @@
+"""Causal attention within segments: one meaning, several kernels. Axis legend in jaxgpt/types.py."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from jaxgpt import partition
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.layers import alibi_slopes
+from jaxgpt.types import Array
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand. Segment 0 is padding or an empty slot: it neither attends nor is attended to.
+
+    segments and positions of queries: i32 [B, T]; of keys: i32 [B, S]. in_order: T == S and row order is the order of
+      positions within each segment, so that kernels may use static causal masks. single: all one segment.
+    """
+
+    segments_BT: Array
+    positions_BT: Array
+    key_segments_BS: Array
+    key_positions_BS: Array
+    in_order: bool
+    single: bool
+
+
+def attention(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, places: Places, cfg: ModelConfig, window: int | None) -> Array:
+    """softmax(mask(cap(scale q.k) + alibi)) v, in the dtype of q; softmax in float32. Returns [B, N, T, H].
+
+    A query sees the keys of its own segment whose position is at most its own, and within `window` of it if given.
+    A padding query gets finite values without meaning.
+    """
+    kernel = choose_kernel(cfg, q_BNTH.dtype, places)
+    with jax.named_scope(f"attention_{kernel}"):
+        return _KERNELS[kernel](q_BNTH, k_BKSH, v_BKSH, places, cfg, window)
+
+
+def choose_kernel(cfg: ModelConfig, dtype, places: Places) -> str:
+    """The kernel to use; `auto` takes the fastest that can express the options on this backend.
+
+    Raises ValueError where a kernel asked for by name cannot express an option.
+    """
+    if cfg.attention_kernel == "auto":
+        fast = {"tpu": "splash", "gpu": "cudnn"}.get(jax.default_backend(), "xla")
+        return "xla" if _obstacle(fast, cfg, dtype, places) else fast
+    # A cache is read with one query at a time, where flash kernels have nothing to offer.
+    if cfg.attention_kernel != "xla" and not places.in_order:
+        return "xla"
+    obstacle = _obstacle(cfg.attention_kernel, cfg, dtype, places)
+    if obstacle:
+        raise ValueError(
+            f"model.attention_kernel={cfg.attention_kernel!r} cannot be used with {obstacle}; use 'xla' or 'auto'."
+        )
+    return cfg.attention_kernel
+
+
+def _obstacle(kernel: str, cfg: ModelConfig, dtype, places: Places) -> str:
+    """What keeps a kernel from being used, or the empty string."""
+    length = places.segments_BT.shape[-1]
+    if kernel == "xla":
+        return ""
+    if not places.in_order:
+        return "a key-value cache"
+    if cfg.position == "alibi":
+        return "model.position='alibi'"
+    if kernel == "splash":
+        return f"sequences of {length} tokens (not a multiple of 128)" if length % 128 else ""
+    if cfg.attention_softcap is not None:
+        return "model.attention_softcap"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return "model.dtype='float32'"
+    return ""
+
+
+def mask_BTS(places: Places, window: int | None) -> Array:
+    """True where a query may look at a key: bool [B, T, S]."""
+    distance = places.positions_BT[:, :, None] - places.key_positions_BS[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    if not places.single:
+        mask &= places.segments_BT[:, :, None] == places.key_segments_BS[:, None, :]
+        mask &= places.segments_BT[:, :, None] != 0
+    return mask
+
+
+def _xla(q_BNTH, k_BKSH, v_BKSH, places, cfg, window):
+    batch, heads, length, head_dim = q_BNTH.shape
+    kv_heads = k_BKSH.shape[1]
+    q_BKGTH = q_BNTH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = scores * cfg.query_scale
+    if cfg.attention_softcap is not None:
+        scores = cfg.attention_softcap * jnp.tanh(scores / cfg.attention_softcap)
+    if cfg.position == "alibi":
+        distance = places.positions_BT[:, :, None] - places.key_positions_BS[:, None, :]
+        slopes = jnp.asarray(alibi_slopes(heads), jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        scores = scores - slopes * distance[:, None, None].astype(jnp.float32)
+    # A large finite number: a row without any key stays finite, and so do its gradients.
+    scores = jnp.where(mask_BTS(places, window)[:, None, None], scores, -1e30)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", probabilities, v_BKSH)
+    return out.reshape(batch, heads, length, head_dim)
+
+
+def _cudnn(q_BNTH, k_BKSH, v_BKSH, places, cfg, window):
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
+    mask = None if places.single else mask_BTS(places, None)[:, None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, scale=cfg.query_scale, implementation="cudnn",
+        local_window_size=None if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return jnp.swapaxes(out, 1, 2)
+
+
+def _splash(q_BNTH, k_BKSH, v_BKSH, places, cfg, window, *, interpret: bool = False):
+    length = q_BNTH.shape[2]
+
+    def on_one_device(q_BNTH, k_BKSH, v_BKSH, segments_BT):
+        shape = (length, length)
+        mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+        block = next(b for b in (512, 256, 128) if length % b == 0)
+        blocks = {
+            name: block
+            for name in ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
+                         "block_q_dq", "block_kv_dq")
+        }  # fmt: skip
+        kernel = splash.make_splash_mha_single_device(
+            mask=splash.MultiHeadMask([mask] * q_BNTH.shape[1]),
+            block_sizes=splash.BlockSizes(**blocks),
+            attn_logits_soft_cap=cfg.attention_softcap,
+            interpret=interpret,
+        )
+
+        def row(q_NTH, k_KTH, v_KTH, segments_T):
+            return kernel(q_NTH, k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
+
+        q = (q_BNTH * cfg.query_scale).astype(q_BNTH.dtype)
+        return jax.vmap(row)(q, k_BKSH, v_BKSH, segments_BT)
+
+    heads, kv_heads = ("batch", "act_heads", None, None), ("batch", "act_kv_heads", None, None)
+    return partition.per_device(on_one_device, (heads, kv_heads, kv_heads, ("batch", None)), heads)(
+        q_BNTH, k_BKSH, v_BKSH, places.segments_BT
+    )
+
+
+_KERNELS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash, "splash_interpret": functools.partial(_splash, interpret=True)}

@@ -1,0 +1,83 @@
+"""What watches a run: progress bar, TensorBoard, Weights & Biases, profiler. Each is one function making a Callback."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from jaxgpt.train.config import ProfileConfig, WandbConfig
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Callback:
+    """on_step(step) before each update; on_log(step, row) for each row of metrics.jsonl; close() at the end."""
+
+    on_step: Callable[[int], None] = _nothing
+    on_log: Callable[[int, dict[str, float]], None] = _nothing
+    close: Callable[[], None] = _nothing
+
+
+def progress_bar(start_step: int, num_train_steps: int) -> Callback:
+    """A bar with loss, tokens/s and the time left."""
+    bar = tqdm(initial=start_step, total=num_train_steps, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def on_log(step, row):
+        shown = {"loss": "train/loss", "eval": "eval/loss"}
+        fields = {short: f"{row[name]:.3f}" for short, name in shown.items() if name in row}
+        if "train/tokens_per_second" in row:
+            fields["tok/s"] = f"{row['train/tokens_per_second']:,.0f}"
+        bar.set_postfix(fields, refresh=False)
+
+    return Callback(on_step=lambda step: bar.update(step - bar.n) and None, on_log=on_log, close=bar.close)
+
+
+def tensorboard(workdir: str, start_step: int) -> Callback:
+    """The scalars of metrics.jsonl as TensorBoard events; a resumed run hides what the interrupted one wrote beyond it."""
+    writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def on_log(step, row):
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, step)
+
+    return Callback(on_log=on_log, close=writer.close)
+
+
+def wandb(config: WandbConfig, workdir: str, run_config: dict) -> Callback:
+    """The same rows to Weights & Biases; one run per workdir, continued on resume."""
+    try:
+        import wandb as client
+    except ImportError as error:
+        raise ValueError("wandb.project is set but wandb is not installed: pip install 'jaxgpt[wandb]'.") from error
+    name = config.name or os.path.basename(os.path.abspath(workdir))
+    run = client.init(
+        project=config.project, name=name, id=name, resume="allow", dir=workdir, mode=config.mode, config=run_config
+    )
+    return Callback(on_log=lambda step, row: run.log(row, step=step), close=run.finish)
+
+
+def profiler(config: ProfileConfig, workdir: str) -> Callback:
+    """A jax.profiler trace of the configured steps, in WORKDIR/profile (open it with TensorBoard or xprof)."""
+    recording = []
+
+    def stop():
+        if recording:
+            recording.clear()
+            jax.profiler.stop_trace()
+
+    def on_step(step):
+        if step == config.start_step:
+            jax.profiler.start_trace(os.path.join(workdir, "profile"))
+            recording.append(step)
+        elif step == config.start_step + config.num_steps:
+            stop()
+
+    return Callback(on_step=on_step, close=stop)

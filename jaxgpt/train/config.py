@@ -1,0 +1,116 @@
+"""Everything a language-model training run is told, and the checks that need more than one section."""
+
+import dataclasses
+from typing import Literal
+
+from jax.sharding import Mesh
+
+from jaxgpt.data.config import DataConfig
+from jaxgpt.generate.samplers import SamplerConfig
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.objectives.next_token import LossConfig
+from jaxgpt.partition import MeshConfig, local_rows
+from jaxgpt.train.checkpoint import CheckpointConfig
+from jaxgpt.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class NonfiniteConfig:
+    """What a loss or gradient that is not finite leads to: `stop` the run, or `skip` up to max_skipped batches of it."""
+
+    action: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps recorded with jax.profiler into WORKDIR/profile; num_steps = 0 records nothing."""
+
+    start_step: int = 10
+    num_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Texts generated at evaluations, into samples.jsonl; no prompts, no samples."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    sampler: SamplerConfig = SamplerConfig(temperature=0.8, top_k=50)
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """Logging to Weights & Biases (extra `wandb`); an empty project switches it off."""
+
+    project: str = ""
+    name: str = ""
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One pretraining run.
+
+    batch_size: global sequences per update, over all hosts and micro-batches. eval_interval_steps: 0 evaluates at the
+      end alone. init_from: the workdir of an earlier run whose parameters are the start (continued pretraining).
+    """
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    dcn_mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    nonfinite: NonfiniteConfig = NonfiniteConfig()
+    profile: ProfileConfig = ProfileConfig()
+    samples: SamplesConfig = SamplesConfig()
+    wandb: WandbConfig = WandbConfig()
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    num_train_steps: int = 1000
+    seed: int = 0
+    log_interval_steps: int = 10
+    eval_interval_steps: int = 200
+    init_from: str = ""
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "num_train_steps", "log_interval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.eval_interval_steps < 0:
+            raise ValueError(f"eval_interval_steps must not be negative, not {self.eval_interval_steps}.")
+        if self.data.sequence_length > self.model.max_seq_length:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_seq_length={self.model.max_seq_length}."
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}."
+            )
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+    """ValueError naming the field where the model or the batch does not divide over the mesh."""
+    tensor = mesh.shape["tensor"]
+    for name in ("num_heads", "mlp_dim"):
+        if getattr(config.model, name) % tensor:
+            raise ValueError(
+                f"model.{name}={getattr(config.model, name)} is not a multiple of mesh.tensor={tensor}."
+            )
+    if config.data.sequence_length % mesh.shape["context"]:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} is not a multiple of "
+            f"mesh.context={mesh.shape['context']}."
+        )
+    local_rows(mesh, config.batch_size)
+    micro = config.batch_size // config.gradient_accumulation_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro % shards:
+        raise ValueError(
+            f"batch_size={config.batch_size} / gradient_accumulation_steps={config.gradient_accumulation_steps} = {micro} "
+            f"rows are not a multiple of mesh.data x mesh.fsdp = {shards}."
+        )

@@ -1,0 +1,92 @@
+"""Losses against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import numerics
+
+V, D = 11, 5
+
+
+def reference(logits, targets, weights, z_loss, smoothing):
+    logits, weights = logits.astype(np.float64), weights.astype(np.float64)
+    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    log_p = logits - log_z[..., None]
+    one_hot = np.eye(V)[targets]
+    smooth = (1 - smoothing) * one_hot + smoothing / V
+    loss = -(smooth * log_p).sum(-1) + z_loss * log_z**2
+    nll = -(one_hot * log_p).sum(-1)
+    return (loss * weights).sum(), (nll * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum()
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(3, 8, D)).astype(np.float32),
+        "head": rng.normal(size=(D, V)).astype(np.float32) * 2,
+        "targets": rng.integers(0, V, (3, 8)),
+        "weights": (rng.random((3, 8)) > 0.3) * rng.random((3, 8)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.01, 0.0), (0.01, 0.2)])
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 7, 1000])
+def test_chunked_cross_entropy_is_the_weighted_sum_in_float64(case, z_loss, smoothing, chunk_tokens):
+    total, sums = numerics.chunked_cross_entropy(
+        lambda head, x: x @ head, case["head"], case["x"], case["targets"], case["weights"],
+        chunk_tokens=chunk_tokens, z_loss=z_loss, label_smoothing=smoothing,
+    )  # fmt: skip
+    loss, nll, correct = reference(case["x"] @ case["head"], case["targets"], case["weights"], z_loss, smoothing)
+    np.testing.assert_allclose(total, loss, rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"], nll, rtol=1e-5)
+    np.testing.assert_allclose(sums["accuracy"], correct, rtol=1e-5)
+    np.testing.assert_allclose(sums["weight"], case["weights"].sum(), rtol=1e-6)
+
+
+def test_chunked_gradients_match_finite_differences_of_the_float64_loss(case):
+    def loss(head, x):
+        return numerics.chunked_cross_entropy(
+            lambda head, x: x @ head, head, x, case["targets"], case["weights"],
+            chunk_tokens=6, z_loss=0.01, label_smoothing=0.1,
+        )[0] * 3  # fmt: skip
+
+    d_head, d_x = jax.grad(loss, argnums=(0, 1))(jnp.asarray(case["head"]), jnp.asarray(case["x"]))
+
+    def loss64(head, x):
+        return 3 * reference(x @ head, case["targets"], case["weights"], 0.01, 0.1)[0]
+
+    head, x, rng = case["head"].astype(np.float64), case["x"].astype(np.float64), np.random.default_rng(1)
+    for _ in range(5):  # directional derivatives
+        a, b = rng.normal(size=head.shape), rng.normal(size=x.shape)
+        e = 1e-5
+        slope = (loss64(head + e * a, x + e * b) - loss64(head - e * a, x - e * b)) / (2 * e)
+        np.testing.assert_allclose((d_head * a).sum() + (d_x * b).sum(), slope, rtol=1e-4)
+
+
+def test_a_masked_sum_ignores_nan_under_the_mask():
+    x = jnp.array([1.0, jnp.nan, 3.0])
+    mask = jnp.array([1.0, 0.0, 0.5])
+    assert numerics.masked_sum(x, mask) == 2.5
+    np.testing.assert_allclose(numerics.masked_mean(x, mask), 2.5 / 1.5, rtol=1e-6)
+    assert numerics.masked_mean(x, jnp.zeros(3)) == 0
+
+
+def test_token_logprobs_equal_log_softmax(case):
+    logits = case["x"] @ case["head"]
+    wide = logits.astype(np.float64)
+    expected = np.take_along_axis(wide - np.log(np.exp(wide).sum(-1, keepdims=True)), case["targets"][..., None], -1)
+    np.testing.assert_allclose(numerics.token_logprobs(logits, case["targets"]), expected[..., 0], rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_the_whole_batch_never_exist(case):
+    def loss(head, x):
+        return numerics.chunked_cross_entropy(
+            lambda head, x: x @ head, head, x, case["targets"], case["weights"], chunk_tokens=3
+        )[0]
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(case["head"], case["x"]))
+    assert f"f32[3,1,{V}]" in text
+    assert f"f32[3,8,{V}]" not in text
