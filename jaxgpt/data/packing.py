@@ -6,25 +6,13 @@ order of training rows can be a function of the step (see `jaxgpt.data.pipeline`
 
 import bisect
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-Row = dict[str, np.ndarray]
+from jaxgpt.data.token_cache import TokenizedSource
 
-
-class TokenSource(Protocol):
-    """Flat tokens and the bounds of their documents: document d is `tokens[offsets[d] : offsets[d + 1]]`, never empty."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Integers of any width, one axis."""
-        ...
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """i64, ascending, one more than there are documents."""
-        ...
+Row = dict[str, Any]  # numpy arrays [T] by the names of the fields of types.LMBatch
 
 
 class Pieces(NamedTuple):
@@ -43,7 +31,7 @@ class RowPlan(Protocol):
     """Rows of one pass over the data: `len(plan)` of them, `plan[i]` has the fields of `types.LMBatch`, each [T]."""
 
     @property
-    def source(self) -> TokenSource:
+    def source(self) -> TokenizedSource:
         """Where the tokens lie."""
         ...
 
@@ -53,9 +41,9 @@ class RowPlan(Protocol):
 
 
 def make_plan(
-    source: TokenSource, packing: Literal["concat", "best_fit", "none"], sequence_length: int, pad_id: int
+    source: TokenizedSource, packing: Literal["concat", "best_fit", "none"], sequence_length: int, pad_id: int
 ) -> RowPlan:
-    """The rows of length T = sequence_length that a way of packing makes of the documents of `source`.
+    """The rows of length T = sequence_length that a way of packing makes of the documents of a source.
 
     `concat` joins documents and splits every T tokens. `best_fit` fills rows with whole documents; only one longer than
     T is cut, every T tokens. `none` is one document (piece) per row.
@@ -83,7 +71,7 @@ def make_plan(
 class ConcatPlan:
     """Row i holds tokens [i T, i T + T) of the joined documents; the last row is padded."""
 
-    source: TokenSource
+    source: TokenizedSource
     sequence_length: int
     pad_id: int
 
@@ -96,8 +84,8 @@ class ConcatPlan:
         offsets, tokens = self.source.offsets, self.source.tokens
         begin = index * self.sequence_length
         end = min(begin + self.sequence_length, len(tokens))
-        first = np.searchsorted(offsets, begin, side="right") - 1
-        last = np.searchsorted(offsets, end, side="left")
+        first = offsets.searchsorted(begin, side="right") - 1
+        last = offsets.searchsorted(end, side="left")
         starts = np.maximum(offsets[first:last], begin)
         ends = np.minimum(offsets[first + 1 : last + 1], end)
         pieces = Pieces(starts, ends - starts, ends < offsets[first + 1 : last + 1])
@@ -108,7 +96,7 @@ class ConcatPlan:
 class PiecePlan:
     """Row i holds pieces [row_bounds[i], row_bounds[i + 1])."""
 
-    source: TokenSource
+    source: TokenizedSource
     sequence_length: int
     pad_id: int
     pieces: Pieces
@@ -133,7 +121,7 @@ def build_row(tokens: np.ndarray, pieces: Pieces, sequence_length: int, pad_id: 
     Returns:
       {tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT}, each [T]; i32, the weights f32.
     """
-    row = {name: np.zeros(sequence_length, np.int32) for name in ("segments_BT", "positions_BT")}
+    row: Row = {name: np.zeros(sequence_length, np.int32) for name in ("segments_BT", "positions_BT")}
     row |= {name: np.full(sequence_length, pad_id, np.int32) for name in ("tokens_BT", "targets_BT")}
     row["weights_BT"] = np.zeros(sequence_length, np.float32)
     if len(pieces.starts) == 1:

@@ -7,11 +7,12 @@ in number on resume.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -20,11 +21,14 @@ from absl import flags
 from jaxgpt.data.config import DataConfig, SourceConfig
 from jaxgpt.data.packing import Row, RowPlan, make_plan
 from jaxgpt.data.sources import resolve_paths
-from jaxgpt.data.token_cache import Split, TokenizedSource, tokenize_source
+from jaxgpt.data.token_cache import Split, tokenize_source
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.types import LMBatch
 
-MAX_THREADS = 4
+MAX_THREADS = 2  # more contend for the interpreter's lock
+# grain's own shuffle needs 10 us for a row of 2**16 or more, but 7 ms for one of seven: it never searches fewer than
+# 2**16 places. Up to there a permutation in memory costs nothing.
+FEW_ROWS = 1 << 16
 COUNT_CHUNK = 1 << 24  # tokens counted at a time
 
 
@@ -32,21 +36,23 @@ COUNT_CHUNK = 1 << 24  # tokens counted at a time
 class Data:
     """All that a run reads.
 
-    train: name -> (rows, weight). eval: name -> rows; empty where nothing is held out. tokenized: "train/<name>" and
-      "eval/<name>" -> tokens. A source that is a path and not a mixture is named `text`.
-    fingerprint: digest of the content of every source, of the tokenizer and of the held-out split.
-    stats: the same names -> {"documents", "tokens", "bytes", "rows"}; rows per epoch, UTF-8 bytes of the text.
+    train: name -> (rows, weight). eval: name -> rows; empty where nothing is held out. A source that is given as a path
+      and not as a mixture is named `text`.
+    vocab_size: of the tokenizer. fingerprint: digest of the content of all sources, of the tokenizer and of how
+      held-out data is split off; where files lie does not matter.
+    stats: "train/<name>" and "eval/<name>" -> {"documents", "tokens", "bytes", "rows"}: rows per epoch, UTF-8 bytes of
+      the text.
     """
 
     train: dict[str, tuple[RowPlan, float]]
     eval: dict[str, RowPlan]
-    tokenized: dict[str, TokenizedSource]
+    vocab_size: int
     fingerprint: str
     stats: dict[str, dict[str, int]]
 
 
 def build_data(config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str | os.PathLike) -> Data:
-    """Tokenizes (or finds in the cache) and packs the sources of `data.train` and `data.eval`.
+    """The packed sources of `data.train` and `data.eval`, tokenized now or found in the cache.
 
     Where `data.eval` is empty, `data.holdout` splits it off each source of `data.train`; with a fraction of 0 there is
     no evaluation data.
@@ -55,45 +61,38 @@ def build_data(config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str | os.
       ValueError: for a source without files, documents or rows.
     """
     if not config.train:
-        raise ValueError(
-            "data.train is empty; give a path, a glob, a list of them, or a mixture {name: {path, weight}}."
-        )
+        raise ValueError("data.train is empty; give a path, a glob, several of them, or {name: {path, weight}}.")
     split_off = not config.eval and config.holdout.fraction > 0
-    train_sources = _named_sources(config.train)
-    sides: list[tuple[str, dict[str, SourceConfig], Split]] = [
-        ("train", train_sources, "train" if split_off else "all")
-    ]
-    if config.eval:
-        sides.append(("eval", _named_sources(config.eval), "all"))
-    elif split_off:
-        sides.append(("eval", train_sources, "held_out"))
+    train = _named_sources(config.train)
+    parts: list[tuple[str, str, SourceConfig, Split]] = []
+    for name, source in train.items():
+        parts.append((f"train/{name}", _field("train", config.train, name), source, "train" if split_off else "all"))
+        if split_off:
+            parts.append((f"eval/{name}", _field("train", config.train, name), source, "held_out"))
+    for name, source in _named_sources(config.eval).items() if config.eval else ():
+        parts.append((f"eval/{name}", _field("eval", config.eval, name), source, "all"))
 
-    tokenized, plans, stats = {}, {}, {}
-    for side, sources, split in sides:
-        for name, source in sources.items():
-            field = f"data.{'train' if split == 'held_out' else side}" + (f".{name}.path" if len(sources) > 1 else "")
-            paths = resolve_paths(source.path, field)
-            label = f"{side}/{name}"
-            tokenized[label] = tokens = tokenize_source(paths, tokenizer, config, split, cache_dir)
-            plans[label] = plan = make_plan(tokens, config.packing, config.sequence_length, tokenizer.pad_id)
-            if not len(plan):
-                raise ValueError(
-                    f"{field}: no document of {', '.join(paths)} has two tokens, so there is nothing to predict."
-                )
-            stats[label] = {
-                "documents": tokens.num_documents,
-                "tokens": tokens.num_tokens,
-                "bytes": tokens.num_bytes,
-                "rows": len(plan),
-            }
-    keys = {label: tokens.key for label, tokens in tokenized.items()}
+    plans, stats, keys = {}, {}, {}
+    for label, field, source, split in parts:
+        tokens = tokenize_source(resolve_paths(source.path, field), tokenizer, config, split, cache_dir)
+        plan = make_plan(tokens, config.packing, config.sequence_length, tokenizer.pad_id)
+        if not len(plan):
+            raise ValueError(
+                f"{field}: no document has two tokens on the {label.split('/')[0]} side: nothing to predict."
+            )
+        counts = {"documents": tokens.num_documents, "tokens": tokens.num_tokens, "bytes": tokens.num_bytes}
+        plans[label], stats[label], keys[label] = plan, counts | {"rows": len(plan)}, tokens.key
     return Data(
-        train={name: (plans[f"train/{name}"], source.weight) for name, source in train_sources.items()},
+        train={name: (plans[f"train/{name}"], source.weight) for name, source in train.items()},
         eval={label.removeprefix("eval/"): plan for label, plan in plans.items() if label.startswith("eval/")},
-        tokenized=tokenized,
+        vocab_size=tokenizer.vocab_size,
         fingerprint=hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest(),
         stats=stats,
     )
+
+
+def _field(side: str, sources: str | tuple[str, ...] | dict[str, SourceConfig], name: str) -> str:
+    return f"data.{side}.{name}.path" if isinstance(sources, Mapping) else f"data.{side}"
 
 
 def _named_sources(sources: str | tuple[str, ...] | dict[str, SourceConfig]) -> dict[str, SourceConfig]:
@@ -118,6 +117,7 @@ def train_batches(
       batch_size: rows of a global batch (B).
       seed: of the shuffle. Every epoch of every source has an order of its own.
       rows: the rows of each batch to read, as of `jaxgpt.partition.local_rows`.
+      start_batch: the first batch; reaching it reads nothing.
       shuffle: False keeps each source in the order of its plan.
       num_workers: processes that build batches; 0 builds them in threads of this one.
       prefetch: batches held ready; 0 builds a batch when it is asked for.
@@ -136,8 +136,7 @@ def train_batches(
             raise ValueError(f"data.train: the source {name!r} has no rows.")
         if not weight > 0:
             raise ValueError(f"data.train: the weight of the source {name!r} must be positive, not {weight}.")
-        order = grain.MapDataset.source(plan)
-        orders.append((order.shuffle(seed=_source_seed(seed, name)) if shuffle else order).repeat())
+        orders.append(_endless_order(plan, _source_seed(seed, name) if shuffle else None))
         weights.append(weight)
     # grain scales the weights so that the least is 100 and cuts off fractions; round here instead.
     shares = [round(100 * weight / min(weights)) for weight in weights]
@@ -170,24 +169,54 @@ def eval_batches(plan: RowPlan, *, batch_size: int, rows: slice, max_batches: in
         yield _to_batch(_stack(batch))
 
 
-def unigram_entropy(data: Data, vocab_size: int) -> float:
+def unigram_entropy(data: Data) -> float:
     """The entropy of the training targets' distribution over the vocabulary, in nats per token.
 
     It is the loss of the best model that ignores the context. Sources count by how many targets of theirs a run reads.
     """
-    frequencies = np.zeros(vocab_size)
+    frequencies = np.zeros(data.vocab_size)
     for plan, weight in data.train.values():
         tokens, offsets = plan.source.tokens, plan.source.offsets
-        counts = -np.bincount(tokens[offsets[:-1]], minlength=vocab_size)  # nothing predicts a document's first token
+        counts = -np.bincount(tokens[offsets[:-1]], minlength=data.vocab_size)  # a document's first token is no target
         for begin in range(0, len(tokens), COUNT_CHUNK):
-            counts += np.bincount(tokens[begin : begin + COUNT_CHUNK], minlength=vocab_size)
+            counts += np.bincount(tokens[begin : begin + COUNT_CHUNK], minlength=data.vocab_size)
         frequencies += counts * (weight / len(plan))
     p = frequencies[frequencies > 0] / frequencies.sum()
     return float(-(p * np.log(p)).sum())
 
 
+def _endless_order(plan: RowPlan, seed: int | None) -> grain.MapDataset:
+    """The rows of a plan epoch after epoch, each shuffled anew; in order where seed is None."""
+    rows = grain.MapDataset.source(plan)
+    if seed is None:
+        return rows.repeat()
+    if len(plan) <= FEW_ROWS:
+        return grain.MapDataset.select_from_datasets([rows], _EpochPermutations(len(plan), seed))
+    return rows.shuffle(seed=seed).repeat()
+
+
 @dataclasses.dataclass(frozen=True)
-class _LocalRows:
+class _EpochPermutations(grain.transforms.DatasetSelectionMap):
+    """grain's selection map that visits all rows in a random order, then in another one, and so on."""
+
+    num_rows: int
+    seed: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, self.num_rows)
+        return 0, int(_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalRows(grain.transforms.DatasetSelectionMap):
     """grain's selection map from "the n-th row this process reads" to a row of the global order."""
 
     batch_size: int
@@ -214,7 +243,7 @@ def _spread_row(plan: RowPlan, index: int, count: int) -> Row:
     return {name: np.zeros_like(values) for name, values in plan[0].items()}
 
 
-def _stack(rows: list[Row]) -> Row:
+def _stack(rows: Sequence[Row]) -> Row:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -1,8 +1,8 @@
 """Tokens on disk: each source is tokenized once, into flat files that are mapped into memory.
 
 An entry is a folder named by the digest of everything that decides its content: the files' bytes, the tokenizer, and
-the fields of `data` that matter. It appears by one rename, so that a killed run leaves none half written, and of several
-processes that write the same entry the first wins.
+the fields of `data` that matter. It appears by one rename, so that a killed run leaves none half written, and of
+several processes that write the same entry the first wins.
 """
 
 import array

@@ -71,16 +71,18 @@ def generate(
       pad_id: static; what fills tokens_BR after the end.
 
     Raises:
-      ValueError: at trace time, if max_new < 1, or if P + max_new exceeds a learned position table.
+      ValueError: at trace time, if max_new < 1, if P + max_new exceeds a learned position table, or if the model has no
+        head for tokens.
     """
     batch, prompt_length = prompt_BP.shape
-    _check_lengths(cfg, prompt_length, max_new)
+    _check(cfg, prompt_length, max_new)
     key_B = row_keys(rng, batch)
     is_real_BP = prompt_mask_BP != 0
+    head = decoder.head_params(cfg, params)
 
     def draw(state: _Loop, x_BD: Array) -> _Loop:
         key_now_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, state.step)
-        token_B, logprob_B = sample(key_now_B, decoder.logits(cfg, params, x_BD), state.seen_BV, sampler)
+        token_B, logprob_B = sample(key_now_B, decoder.logits(cfg, head, x_BD), state.seen_BV, sampler)
         is_live_B = state.is_live_B
         is_eos_B = is_live_B & jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
         token_B = jnp.where(is_live_B, token_B, pad_id)
@@ -147,7 +149,7 @@ def next_token_probabilities(
     """
     is_real_BP = prompt_mask_BP != 0
     x_BPD = decoder.hidden_states(cfg, params, *_prompt_arrays(prompt_BP, is_real_BP))
-    logits_BV = decoder.logits(cfg, params, _at_last_real(x_BPD, is_real_BP))
+    logits_BV = decoder.logits(cfg, decoder.head_params(cfg, params), _at_last_real(x_BPD, is_real_BP))
     probs_BK, ids_BK = lax.top_k(jax.nn.softmax(logits_BV, axis=-1), min(top, logits_BV.shape[-1]))
     return ids_BK, probs_BK
 
@@ -170,7 +172,9 @@ def _tokens_seen(cfg: ModelConfig, prompt_BP: Array, is_real_BP: Array) -> Array
     return jnp.zeros((batch, cfg.vocab_size), bool).at[jnp.arange(batch)[:, None], prompt_BP].max(is_real_BP)
 
 
-def _check_lengths(cfg: ModelConfig, prompt_length: int, max_new: int) -> None:
+def _check(cfg: ModelConfig, prompt_length: int, max_new: int) -> None:
+    if cfg.head != "lm":
+        raise ValueError(f"model.head={cfg.head!r} has no logits to sample from; generation needs model.head='lm'.")
     if max_new < 1:
         raise ValueError(f"max_new must be at least 1, not {max_new}.")
     if cfg.position == "learned" and prompt_length + max_new > cfg.max_seq_length:

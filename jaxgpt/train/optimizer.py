@@ -123,7 +123,7 @@ def _muon(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransfor
         beta=0.95,
         weight_decay=config.weight_decay,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda d: d, matrix_dims(params), is_leaf=_is_dims),
+        muon_weight_dimension_numbers=matrix_dims,
     )
     return optax.partition({"muon": muon, "adamw": _adamw(config, schedule)}, labels)
 
