@@ -97,6 +97,7 @@ def make_stage(config: TrainConfig, workdir: str, mesh, tokenizer: Tokenizer, da
         texts = generate_texts(
             config.model, params, tokenizer, list(config.samples.prompts), sampler=config.samples.sampler,
             max_new=config.samples.max_new_tokens, seed=config.seed, batch_size=len(config.samples.prompts),
+            eos_ids=(tokenizer.eos_id,), mesh=mesh,
         )  # fmt: skip
         if jax.process_index() == 0:
             samples.append(step, texts)

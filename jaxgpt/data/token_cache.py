@@ -119,7 +119,7 @@ def _recipe(digests: list[str], tokenizer: Tokenizer, config: DataConfig, split:
 
 
 def _split_documents(paths: Sequence[str], config: DataConfig, split: Split) -> Iterator[str]:
-    """The texts of one side, those without text left out."""
+    """The texts of one side."""
     holdout = config.holdout
     for path in paths:
         read = functools.partial(read_texts, path, fields=config.fields, text_separator=config.text_separator)
@@ -130,7 +130,7 @@ def _split_documents(paths: Sequence[str], config: DataConfig, split: Split) -> 
         else:
             side = split == "held_out"
             texts = (d.text for d in read() if is_held_out(d.text, holdout.fraction) == side)
-        yield from filter(None, texts)
+        yield from texts
 
 
 def _split_by_position(read: Callable[[], Iterable[Document]], fraction: float, split: Split) -> Iterator[str]:

@@ -62,8 +62,9 @@ def generate(
     Args:
       cfg: static.
       params: plain arrays.
-      prompt_BP: i32. prompt_mask_BP: non-zero on real tokens; padding may be left, right or both. Positions count real
-        tokens. A row without any real token generates nothing (length 0): it can fill up a batch.
+      prompt_BP: i32.
+      prompt_mask_BP: non-zero on real tokens; padding may be left, right or both. Positions count real tokens. A row
+        without any real token generates nothing (length 0): it can fill up a batch.
       rng: one typed key, or one key per row [B], which takes the place of fold_in(rng, b).
       max_new: R, static; generation stops early when all rows have ended.
       sampler: static.
@@ -141,7 +142,8 @@ def next_token_probabilities(
     Args:
       cfg: static.
       params: plain arrays.
-      prompt_BP: i32. prompt_mask_BP: non-zero on real tokens, of which each row has at least one.
+      prompt_BP: i32.
+      prompt_mask_BP: non-zero on real tokens, of which each row has at least one.
       top: K, static; at most the vocabulary size is returned.
 
     Returns:
@@ -179,6 +181,7 @@ def _check(cfg: ModelConfig, prompt_length: int, max_new: int) -> None:
         raise ValueError(f"max_new must be at least 1, not {max_new}.")
     if cfg.position == "learned" and prompt_length + max_new > cfg.max_seq_length:
         raise ValueError(
-            f"A prompt of {prompt_length} tokens (padding included) and {max_new} new ones are {prompt_length + max_new}, "
-            f"more than the learned position table of model.max_seq_length={cfg.max_seq_length} holds."
+            f"A prompt of {prompt_length} tokens (padding included) and {max_new} new ones are "
+            f"{prompt_length + max_new}, more than the learned position table of "
+            f"model.max_seq_length={cfg.max_seq_length} holds."
         )

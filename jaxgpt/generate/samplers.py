@@ -104,7 +104,7 @@ def sample(rng: Array, logits_BV: Array, seen_BV: Array | None, config: SamplerC
 
 
 def row_keys(rng: Array, batch: int) -> Array:
-    """One typed key per row, [B]: `rng` itself where it holds one per row already, else `rng` folded with the row index."""
+    """One typed key per row, [B]: `rng` itself where it is that already, else `rng` folded with the row index."""
     return rng if rng.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.arange(batch))
 
 

@@ -100,21 +100,52 @@ def generate_texts(
         if mesh is not None:
             local = partition.local_rows(mesh, rows)
             batch = partition.to_global(tuple(x[local] for x in batch), mesh, rows)
-        out = jax.device_get(run(*batch, np.uint32(seed)))
+        out = jax.device_get(run(*batch, np.uint32(seed % 2**32)))
         for row, i in enumerate(chosen):
             response = out.tokens_BR[row, : out.lengths_B[row]]
             records[i] = _record(tokenizer, prompts[i], encoded[i], response, bool(out.has_eos_B[row]))
     return [records[i] for i in range(len(prompts))]
 
 
+def next_token_table(
+    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: str, *, top: int, mesh: Mesh | None = None
+) -> list[tuple[str, float]]:
+    """The `top` most probable next tokens after a prompt: (the text each would add, its probability), best first.
+
+    The probabilities are the model's own, at temperature 1. Raises ValueError as `generate_texts` does.
+    """
+    ids = np.asarray(tokenizer.encode(prompt, add_bos=True), np.int32)
+    max_length = cfg.max_seq_length if cfg.position == "learned" else None
+    _check_prompt(cfg, prompt, len(ids), 0, max_length)
+    prompt_BP, mask_BP = pad_prompts([ids], tokenizer.pad_id, multiple=_PROMPT_MULTIPLE, max_length=max_length)
+    ids_BK, probs_BK = jax.device_get(_probabilities(cfg, params, prompt_BP, mask_BP, top=top, mesh=mesh))
+    return [(_continuation(tokenizer, ids, [i]), float(p)) for i, p in zip(ids_BK[0], probs_BK[0], strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id", "mesh"))
 def _generate(cfg, params, prompt_BP, mask_BP, index_B, seed, *, max_new, sampler, eos_ids, pad_id, mesh):
     """`loop.generate` under the mesh, every row with the key of its prompt's index; the result is on every device."""
     key_B: Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), index_B)
-    with partition.activate(mesh, partition.DEFAULT_RULES) if mesh is not None else contextlib.nullcontext():
+    with _on(mesh):
         out = loop.generate(
             cfg, params, prompt_BP, mask_BP, key_B, max_new=max_new, sampler=sampler, eos_ids=eos_ids, pad_id=pad_id
         )
+    return _replicate(out, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("top", "mesh"))
+def _probabilities(cfg, params, prompt_BP, mask_BP, *, top, mesh):
+    with _on(mesh):
+        out = loop.next_token_probabilities(cfg, params, prompt_BP, mask_BP, top=top)
+    return _replicate(out, mesh)
+
+
+def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else partition.activate(mesh, partition.DEFAULT_RULES)
+
+
+def _replicate(out: Any, mesh: Mesh | None) -> Any:
+    """Every host reads the whole result, so every device holds it."""
     return out if mesh is None else jax.lax.with_sharding_constraint(out, partition.replicated(mesh))
 
 
@@ -124,7 +155,7 @@ def _check_prompt(cfg: ModelConfig, prompt: str, length: int, max_new: int, max_
     if max_length is not None and length > max_length:
         raise ValueError(
             f"The prompt {prompt[:40]!r} has {length} tokens; with {max_new} new ones that is more than "
-            f"model.max_seq_length={cfg.max_seq_length}."
+            f"model.max_seq_length={cfg.max_seq_length}, which leaves room for {max(0, cfg.max_seq_length - length)}."
         )
 
 
@@ -144,7 +175,7 @@ def _record(tokenizer: Tokenizer, prompt: str, prompt_ids, response_ids, has_eos
 
 
 def _continuation(tokenizer: Tokenizer, prompt_ids, ids) -> str:
-    """The text that ids add to the prompt's: decoded alone, the space that the first piece begins with would be lost."""
+    """The text that ids add to the prompt: decoded alone, they would lose the space that the first piece begins with."""
     before = tokenizer.decode(prompt_ids)
     whole = tokenizer.decode(np.concatenate([prompt_ids, ids]))
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)

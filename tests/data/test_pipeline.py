@@ -253,11 +253,9 @@ def test_data_without_anything_to_predict_is_an_error_that_names_the_field(tmp_p
 
 
 def test_the_unigram_entropy_is_that_of_the_training_targets(tmp_path):
-    # Targets of "a": 3 x a, 1 x EOS; of "b", read as often as "a" (one row each): 4 x c, 2 x EOS.
-    sources = {
-        "a": SourceConfig(write(tmp_path / "a.txt", "aaa")),
-        "b": SourceConfig(write(tmp_path / "b.txt", "cc\ncc")),
-    }
+    # A row of "a" has the targets 3 x a and 1 x EOS; two rows of "b", read half as often each, have 8 x c and 4 x EOS.
+    texts = {"a": ["aaa"], "b": ["cc"] * 4}
+    sources = {name: SourceConfig(write(tmp_path / f"{name}.txt", *lines)) for name, lines in texts.items()}
     settings = config(train=sources, holdout=HoldoutConfig(fraction=0.0))
     data = build_data(settings, LetterTokenizer(), cache_dir=tmp_path / "cache")
     p = np.array([3, 4, 3]) / 10

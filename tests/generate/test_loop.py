@@ -88,7 +88,9 @@ def test_a_row_samples_the_same_alone_in_a_batch_and_under_other_padding():
 
 def test_equal_prompts_of_one_batch_are_sampled_apart_and_steps_too():
     uniform = jax.tree.map(jnp.zeros_like, params())
-    out = generate(CFG, uniform, *pad([[1, 2]] * 3), jax.random.key(0), max_new=MAX_NEW, sampler=SamplerConfig(), eos_ids=())
+    out = generate(
+        CFG, uniform, *pad([[1, 2]] * 3), jax.random.key(0), max_new=MAX_NEW, sampler=SamplerConfig(), eos_ids=()
+    )
     rows = np.asarray(out.tokens_BR).tolist()
     assert len({tuple(row) for row in rows}) == 3
     assert all(len(set(row)) > 2 for row in rows)
@@ -97,7 +99,7 @@ def test_equal_prompts_of_one_batch_are_sampled_apart_and_steps_too():
 
 @functools.cache
 def ended():
-    """EOS ids and a greedy run with them: tokens that end two rows early, and one that is in a prompt; pad is an EOS."""
+    """EOS ids and a greedy run with them: two end rows early, the third is in a prompt; the pad id is an EOS, too."""
     free = [greedy_reference(p, MAX_NEW) for p in PROMPTS]
     in_prompt = next(token for token in PROMPTS[2] if token not in free[2])
     eos = (free[0][1], free[1][2], in_prompt)
@@ -148,9 +150,8 @@ def test_one_new_token_is_the_prefills():
 
 
 def test_a_row_without_a_prompt_generates_nothing_and_disturbs_nobody():
-    out = generate(
-        CFG, params(), *pad([PROMPTS[0], [], PROMPTS[2]]), jax.random.key(0), max_new=MAX_NEW, sampler=GREEDY, eos_ids=()
-    )
+    batch = pad([PROMPTS[0], [], PROMPTS[2]])
+    out = generate(CFG, params(), *batch, jax.random.key(0), max_new=MAX_NEW, sampler=GREEDY, eos_ids=())
     assert responses(out) == [greedy_reference(PROMPTS[0], MAX_NEW), [], greedy_reference(PROMPTS[2], MAX_NEW)]
     assert not np.asarray(out.has_eos_B).any()
 

@@ -31,7 +31,7 @@ draw = jax.jit(sample, static_argnums=3)
 
 
 def reference_row(logits, seen, config):
-    """What transformers' processors leave of one row, by a stable full sort in float64; and ids on the top-p boundary."""
+    """What transformers' processors leave of a row, by a stable full sort in float64; and ids on the top-p boundary."""
     z = logits.astype(np.float64)
     z = np.where(seen, np.where(z < 0, z * config.repetition_penalty, z / config.repetition_penalty), z)
     if config.temperature == 0:
@@ -109,7 +109,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
 
 def test_ties_top_k_keeps_all_top_p_only_as_many_as_it_needs():
     logits = jnp.zeros((1, 8))
-    kept = lambda config: np.flatnonzero(np.isfinite(np.asarray(warp_logits(logits, None, config))[0])).tolist()
+
+    def kept(config):
+        return np.flatnonzero(np.isfinite(np.asarray(warp_logits(logits, None, config))[0])).tolist()
+
     assert kept(SamplerConfig(top_k=2)) == list(range(8))
     assert kept(SamplerConfig(top_p=0.5)) == [0, 1, 2, 3]
     assert kept(SamplerConfig(min_p=1.0)) == list(range(8))

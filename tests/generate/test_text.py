@@ -8,8 +8,8 @@ import pytest
 
 from jaxgpt import partition
 from jaxgpt.generate.samplers import SamplerConfig
-from jaxgpt.generate.text import generate_texts, pad_prompts
-from tests.generate.reference import CFG, greedy_reference, params
+from jaxgpt.generate.text import generate_texts, next_token_table, pad_prompts
+from tests.generate.reference import CFG, greedy_reference, logits_after, params
 
 BOS, EOS, PAD = 1, 2, 0
 GREEDY = SamplerConfig(temperature=0)
@@ -90,11 +90,20 @@ def test_on_a_mesh_the_same_texts_come_out():
     assert records == write(PROMPTS, batch_size=3, sampler=sampler, seed=4)
 
 
+def test_the_next_tokens_of_a_prompt_are_shown_as_the_text_they_add():
+    z = logits_after(Letters().encode("cabac", add_bos=True).tolist())
+    probs = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    table = next_token_table(CFG, params(), Letters(), "cabac", top=5)
+    for (text, prob), best in zip(table, np.argsort(-probs)[:5], strict=True):
+        assert text == words("cabac", [best])
+        np.testing.assert_allclose(prob, probs[best], rtol=1e-4)
+
+
 def test_prompts_may_fill_a_learned_position_table_but_not_more():
     cfg = dataclasses.replace(CFG, position="learned", max_seq_length=16)
     fits = "abcdabcda"  # ten tokens with BOS, and six new ones
     assert write([fits], batch_size=1, cfg=cfg)[0]["response"] == words(fits, reference_ids(fits, cfg=cfg))
-    with pytest.raises(ValueError, match=r"'abcdabcdaa' has 11 tokens; with 6 new .* model\.max_seq_length=16"):
+    with pytest.raises(ValueError, match=r"'abcdabcdaa' has 11 tokens; with 6 new .* model\.max_seq_length=16, .* room for 5\."):
         write([fits + "a"], batch_size=1, cfg=cfg)
 
 
