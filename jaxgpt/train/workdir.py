@@ -1,0 +1,201 @@
+"""A run's directory: its lock, config, manifest, metrics and the signal that asks it to stop."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+@contextlib.contextmanager
+def lock(workdir: str) -> Iterator[None]:
+    """Hold `workdir` (made if need be) for one run; ValueError naming the holder if another run has it.
+
+    The kernel's lock ends with the process, however it ends. Process 0 alone takes it in a multi-process job.
+    """
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ValueError(f"--workdir={workdir} is a file, not a folder.")
+    os.makedirs(workdir, exist_ok=True)
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(os.path.join(workdir, ".lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            raise ValueError(f"--workdir={workdir} is in use by another run ({file.read().strip()}).") from error
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def write_atomic(path: str, text: str) -> None:
+    """Replace the file at once and durably: a reader, or a restart after a kill, sees the old or the new text whole."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read_json(path: str) -> dict | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path) as file:
+        try:
+            return json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+
+
+def write_config(workdir: str, config: dict) -> None:
+    """config.json: the resolved config, from process 0."""
+    if jax.process_index() == 0:
+        write_atomic(os.path.join(workdir, "config.json"), json.dumps(config, indent=2) + "\n")
+
+
+def check_same(workdir: str, config: dict, *, ignore: tuple[str, ...] = ()) -> None:
+    """ValueError naming the first field in which `config` differs from the workdir's, if there is one.
+
+    ignore: dotted fields (with all below them) that may differ.
+    """
+    stored = _read_json(os.path.join(workdir, "config.json"))
+    if stored is None:
+        return
+    old, new = _flatten(stored), _flatten(json.loads(json.dumps(config)))
+    for field in sorted(old.keys() | new.keys()):
+        free = any(field == name or field.startswith(f"{name}.") for name in ignore)
+        if not free and old.get(field) != new.get(field):
+            raise ValueError(
+                f"{field}={new.get(field)!r} differs from {old.get(field)!r}, with which the run in {workdir} was started; "
+                "use another --workdir for another run."
+            )
+
+
+def _flatten(config: Any, field: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {field: config}
+    return {k: v for key, value in config.items() for k, v in _flatten(value, f"{field}.{key}" if field else key).items()}
+
+
+def base_manifest(*, stage: str, **content: Any) -> dict[str, Any]:
+    """What every artifact says of itself: the stage, what the caller adds, versions and the git commit of the source.
+
+    It holds no time and no host, so that the same run gives the same manifest.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+    return {"stage": stage, **content, "versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    root = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def write_manifest(workdir: str, manifest: dict) -> None:
+    """manifest.json, the mark of a finished run, from process 0."""
+    if jax.process_index() == 0:
+        write_atomic(os.path.join(workdir, "manifest.json"), json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def read_manifest(workdir: str) -> dict | None:
+    """The manifest, or None where the run has not finished."""
+    return _read_json(os.path.join(workdir, "manifest.json"))
+
+
+def manifest_digest(manifest: dict) -> str:
+    """sha256 (hex) of the manifest's content, independent of formatting."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_rows(path: str) -> list[dict]:
+    """The complete rows of a jsonl file that a killed run may have left with half a last line; [] without the file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path) as file:
+        lines = file.read().split("\n")[:-1]  # what follows the last newline was never completed
+    return [json.loads(line) for line in lines]
+
+
+class JsonLog:
+    """A jsonl file of rows with a "step" that only grows; every append is on disk before it returns."""
+
+    def __init__(self, path: str):
+        self._path = path
+        rows = read_rows(path)
+        self._last = rows[-1]["step"] if rows else -1
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps and half a last line: a run restarted from `step` writes them again."""
+        if not os.path.isfile(self._path):
+            return
+        rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._last = rows[-1]["step"] if rows else -1
+
+    def append(self, step: int, *rows: dict) -> None:
+        """Write the rows of one step; RuntimeError if the step is not later than the last one."""
+        if step <= self._last:
+            raise RuntimeError(f"{self._path}: step {step} after step {self._last}; a step is written once.")
+        with open(self._path, "a") as file:
+            file.write("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self._last = step
+
+
+class StopSignal:
+    """Whether the run was asked to end: SIGTERM or SIGINT here, or a preemption notice to any process of the job.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self._event = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        # A job of several processes agrees on a step through jax's own handler, which a handler of ours would replace.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to save and leave after `step`; all processes of a job get the same answer."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._event.is_set()
