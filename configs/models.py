@@ -123,7 +123,13 @@ PRESETS = {
     "qwen3-8b": _qwen3(36, 4096, 32, 8, 12_288),
     "qwen3-32b": _qwen3(64, 5120, 64, 8, 25_600),
     "mistral-7b": _shape(32, 4096, 32, 8, 14_336)  # Jiang et al. 2023, arXiv:2310.06825
-    | {"vocab_size": 32_000, "max_seq_length": 32_768, "sliding_window": 4096, "tie_embeddings": False, "init": "fan_in"},
+    | {
+        "vocab_size": 32_000,
+        "max_seq_length": 32_768,
+        "sliding_window": 4096,
+        "tie_embeddings": False,
+        "init": "fan_in",
+    },
     "tiny": _shape(4, 128, 4, 4, 384) | {"max_seq_length": 256},
     "tiny-gpt2": _gpt2(4, 128, 4) | {"vocab_size": 0, "max_seq_length": 256},
     "cpu-14m": _gpt2(6, 384, 6) | {"vocab_size": 8192, "max_seq_length": 256},

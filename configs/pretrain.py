@@ -66,7 +66,7 @@ def _shakespeare_char():
             "max_grad_norm": 1.0,
         },
         "checkpoint": {"save_interval_steps": 500, "max_to_keep": 2},
-        "samples": {"prompts": ("\n", "ROMEO:"), "max_new_tokens": 200},
+        "samples": {"prompts": ("\n", "ROMEO:"), "max_new_tokens": 56},
     }
 
 
@@ -78,7 +78,13 @@ def _quickstart():
         "num_train_steps": 700,
         "log_interval_steps": 10,
         "eval_interval_steps": 100,
-        "optimizer": {"name": "muon", "learning_rate": 4e-3, "schedule": "wsd", "decay_fraction": 0.4, "warmup_steps": 20},
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 4e-3,
+            "schedule": "wsd",
+            "decay_fraction": 0.4,
+            "warmup_steps": 20,
+        },
         "checkpoint": {"save_interval_steps": 100, "max_to_keep": 2},
         "samples": {
             "prompts": ("Return the", "The with statement", "def read(self", "import os\n"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jaxgpt import config as config_lib
@@ -23,11 +23,13 @@ flags.DEFINE_string(
 )
 
 
-def run(main: Callable[[T, str], None], config_cls: type[T], *, default_config: str, needs_workdir: bool = True) -> None:
+def run(
+    main: Callable[[T, str], None], config_cls: type[T], *, default_config: str, needs_workdir: bool = True
+) -> None:
     """Parse the command line, build `config_cls` and call main(config, workdir) within absl's app.
 
     A ValueError anywhere is a user's mistake: one sentence on stderr, exit code 2. Several processes (launch.local, a
-    TPU pod) are joined before main.
+    TPU pod) are joined before main. A run that diverged (FloatingPointError) ends with its sentence and exit code 1.
     """
     overrides: list[tuple[str, str]] = []
 
@@ -43,6 +45,8 @@ def run(main: Callable[[T, str], None], config_cls: type[T], *, default_config: 
         return positional
 
     def start(_) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         try:
             config = load_config(_CONFIG.value or default_config, overrides, config_cls)
             if _PRINT.value:
@@ -56,6 +60,9 @@ def run(main: Callable[[T, str], None], config_cls: type[T], *, default_config: 
             if not _is_ours(error):
                 raise
             _fail(error)
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
 
     app.run(start, flags_parser=parse_flags)
 

@@ -15,9 +15,8 @@ import jax
 
 from experiments import cli
 from jaxgpt import partition
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generate.samplers import SamplerConfig
-from jaxgpt.generate.text import generate_texts, next_token_table
+from jaxgpt.generate.text import generate_texts, next_token_table, stop_ids
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import LoadedModel, load_model
 
@@ -63,7 +62,7 @@ def main(config: GenerateConfig, workdir: str) -> None:
             print_probabilities(config, model, prompt, mesh)
     records = generate_texts(
         model.config, model.params, model.tokenizer, prompts, sampler=config.sampler, max_new=config.max_new_tokens,
-        seed=config.seed, batch_size=config.batch_size, eos_ids=stop_ids(config, model.tokenizer), mesh=mesh,
+        seed=config.seed, batch_size=config.batch_size, eos_ids=stop_ids(model.tokenizer, config.stop), mesh=mesh,
     )  # fmt: skip
     if jax.process_index() != 0:
         return
@@ -102,17 +101,12 @@ def _prompt_of(path: str, number: int, line: str) -> str:
     return record["prompt"]
 
 
-def stop_ids(config: GenerateConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """EOS and the ids of config.stop; ValueError for what is not one piece of the vocabulary."""
-    return (tokenizer.eos_id, *(tokenizer.piece_id(piece) for piece in config.stop))
-
-
 def print_probabilities(config: GenerateConfig, model: LoadedModel, prompt: str, mesh) -> None:
     """The most probable next tokens of a prompt, as a table."""
     top = config.show_probabilities
     table = next_token_table(model.config, model.params, model.tokenizer, prompt, top=top, mesh=mesh)
     if jax.process_index() == 0:
-        print(f"After {prompt!r}:", *(f"  {prob:7.4f}  {text!r}" for text, prob in table), "", sep="\n")
+        print(f"After {prompt!r}:", *(f"  {prob:7.4f}  {piece}" for piece, prob in table), "", sep="\n")
 
 
 if __name__ == "__main__":

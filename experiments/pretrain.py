@@ -57,14 +57,18 @@ def main(config: TrainConfig, workdir: str) -> None:
         if is_main:
             for name, stats in data.stats.items():
                 print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in stats.items()))
-            print("Loss of guessing uniformly {uniform:.3f}, by frequency {unigram entropy:.3f} nats/token.".format(**lines))
+            print(
+                "Loss of guessing uniformly {uniform:.3f}, by frequency {unigram entropy:.3f} nats/token.".format(
+                    **lines
+                )
+            )
             workdirs.write_config(workdir, to_dict(config))
             tokenizer.save(workdir)
         state, step = run(config, workdir, mesh, make_stage(config, workdir, mesh, tokenizer, data))
         if step < config.num_train_steps:
             print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
         elif is_main:
-            final = workdirs.last_row(workdir)
+            final = workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1]
             manifest = workdirs.base_manifest(
                 stage="pretrain", config=to_dict(config), tokenizer_digest=tokenizer.digest,
                 special_ids=tokenizer.special_ids, vocab_size=tokenizer.vocab_size, data_fingerprint=data.fingerprint,
@@ -89,7 +93,16 @@ def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 def make_stage(config: TrainConfig, workdir: str, mesh, tokenizer: Tokenizer, data: pipeline.Data) -> Stage:
     """The next-token objective over the packed sources."""
     rows = partition.local_rows(mesh, config.batch_size)
-    samples = workdirs.SamplesLog(os.path.join(workdir, "samples.jsonl"))
+    is_main = jax.process_index() == 0
+    samples = workdirs.JsonLog(os.path.join(workdir, "samples.jsonl")) if is_main else None
+
+    room = config.model.max_seq_length - config.samples.max_new_tokens
+    for prompt in config.samples.prompts:
+        if config.model.position == "learned" and len(tokenizer.encode(prompt, add_bos=True)) > room:
+            raise ValueError(
+                f"samples.prompts: {prompt!r} with samples.max_new_tokens={config.samples.max_new_tokens} is longer than "
+                f"model.max_seq_length={config.model.max_seq_length}."
+            )
 
     def on_eval(step, params):
         if not config.samples.prompts:
@@ -99,8 +112,8 @@ def make_stage(config: TrainConfig, workdir: str, mesh, tokenizer: Tokenizer, da
             max_new=config.samples.max_new_tokens, seed=config.seed, batch_size=len(config.samples.prompts),
             eos_ids=(tokenizer.eos_id,), mesh=mesh,
         )  # fmt: skip
-        if jax.process_index() == 0:
-            samples.append(step, texts)
+        if samples is not None:
+            samples.append(step, *texts)
 
     return Stage(
         init_fn=functools.partial(decoder.init_params, config.model),
@@ -116,6 +129,7 @@ def make_stage(config: TrainConfig, workdir: str, mesh, tokenizer: Tokenizer, da
             for name, plan in data.eval.items()
         },
         on_eval=on_eval,
+        on_start=samples.truncate_after if samples is not None else lambda step: None,
         initial_params=(lambda abstract: load_params(config.init_from, abstract)) if config.init_from else None,
     )  # fmt: skip
 

@@ -103,7 +103,9 @@ def check_rules(rules: Rules) -> None:
     for name, axes in rules.items():
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis not in MESH_AXES:
-                raise ValueError(f"The sharding rule {name!r} names the mesh axis {axis!r}; {_nearest(axis, MESH_AXES)}")
+                raise ValueError(
+                    f"The sharding rule {name!r} names the mesh axis {axis!r}; {_nearest(axis, MESH_AXES)}"
+                )
 
 
 def spec_for(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:

@@ -109,7 +109,7 @@ def train_batches(
     shuffle: bool = True,
     num_workers: int = 0,
     prefetch: int = 4,
-) -> Iterator[LMBatch]:
+) -> grain.DatasetIterator[LMBatch]:
     """Batches without end, from batch `start_batch` on, of this process's rows.
 
     Args:
@@ -123,7 +123,7 @@ def train_batches(
       prefetch: batches held ready; 0 builds a batch when it is asked for.
 
     Returns:
-      LMBatch of numpy arrays [rows, T].
+      LMBatch of numpy arrays [rows, T]; `close()` ends threads and workers.
 
     Raises:
       ValueError: for no source, a source without rows, or a weight that is not positive.

@@ -206,8 +206,6 @@ def _text_bytes(paths: Sequence[str], config: DataConfig, split: Split) -> float
 
 def _no_documents(paths: Sequence[str], config: DataConfig, split: Split) -> str:
     files = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    if split == "all":
-        return f"There is no document with text in {files} (data.train, data.eval)."
     holdout = config.holdout
     hint = 'for a corpus of one or a few long documents set data.holdout.by="position"'
     if holdout.by == "position":

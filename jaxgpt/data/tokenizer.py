@@ -64,7 +64,9 @@ class Tokenizer:
         reserved = META + ROLES + RESERVED
         missing = [name for name in reserved + BYTES if name not in ids]
         if missing:
-            raise ValueError(f"The tokenizer model has no piece {missing[0]!r}; it was not made by experiments.tokenizer.")
+            raise ValueError(
+                f"The tokenizer model has no piece {missing[0]!r}; it was not made by experiments.tokenizer."
+            )
         self.special_ids = {name: ids[name] for name in reserved}
         self.pad_id, self.bos_id, self.eos_id, self._unk_id = (ids[name] for name in META)
         self._byte_ids = np.array([ids[name] for name in BYTES], np.int32)
@@ -202,7 +204,9 @@ def _size_message(error: str, config: TokenizerConfig) -> str:
     if high:
         return f"tokenizer.vocab_size={config.vocab_size} is too large for this text; at most {high[1]} fits."
     if low:
-        return f"tokenizer.vocab_size={config.vocab_size} is too small for the characters of this text; it needs {low[1]}."
+        return (
+            f"tokenizer.vocab_size={config.vocab_size} is too small for the characters of this text; it needs {low[1]}."
+        )
     return f"sentencepiece could not train tokenizer.model_type={config.model_type!r}: {error}"
 
 

@@ -72,7 +72,9 @@ def warp_logits(logits_BV: Array, seen_BV: Array | None, config: SamplerConfig) 
         return _keep(logits_BV, is_best_BV)
     logits_BV = logits_BV / config.temperature
     if 0 < config.top_k < vocab_size:
-        logits_BV = _keep(logits_BV, logits_BV >= lax.top_k(logits_BV, config.top_k)[0][:, -1:])
+        # The minimum, not [:, -1:]: XLA would turn a slice of top_k into a sort of the whole vocabulary.
+        least_B1 = jnp.min(lax.top_k(logits_BV, config.top_k)[0], axis=-1, keepdims=True)
+        logits_BV = _keep(logits_BV, logits_BV >= least_B1)
     if config.top_p < 1:
         logits_BV = _keep(logits_BV, _is_in_nucleus(jax.nn.softmax(logits_BV, axis=-1), config.top_p))
     if config.min_p > 0:

@@ -1,6 +1,7 @@
 """Texts in, texts out: the host side of generation, which encodes, pads, batches and decodes."""
 
 import contextlib
+import difflib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -103,23 +104,39 @@ def generate_texts(
         out = jax.device_get(run(*batch, np.uint32(seed % 2**32)))
         for row, i in enumerate(chosen):
             response = out.tokens_BR[row, : out.lengths_B[row]]
-            records[i] = _record(tokenizer, prompts[i], encoded[i], response, bool(out.has_eos_B[row]))
+            records[i] = _record(tokenizer, prompts[i], response, bool(out.has_eos_B[row]))
     return [records[i] for i in range(len(prompts))]
 
 
 def next_token_table(
     cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: str, *, top: int, mesh: Mesh | None = None
 ) -> list[tuple[str, float]]:
-    """The `top` most probable next tokens after a prompt: (the text each would add, its probability), best first.
+    """The `top` most probable next tokens after a prompt, best first: (the piece, its probability).
 
-    The probabilities are the model's own, at temperature 1. Raises ValueError as `generate_texts` does.
+    The probabilities are the model's own, at temperature 1. Ids beyond the tokenizer's vocabulary are left out. Raises
+    ValueError as `generate_texts` does.
     """
     ids = np.asarray(tokenizer.encode(prompt, add_bos=True), np.int32)
     max_length = cfg.max_seq_length if cfg.position == "learned" else None
     _check_prompt(cfg, prompt, len(ids), 0, max_length)
     prompt_BP, mask_BP = pad_prompts([ids], tokenizer.pad_id, multiple=_PROMPT_MULTIPLE, max_length=max_length)
     ids_BK, probs_BK = jax.device_get(_probabilities(cfg, params, prompt_BP, mask_BP, top=top, mesh=mesh))
-    return [(_continuation(tokenizer, ids, [i]), float(p)) for i, p in zip(ids_BK[0], probs_BK[0], strict=True)]
+    pairs = zip(ids_BK[0], probs_BK[0], strict=True)
+    return [(tokenizer.piece(int(i)), float(p)) for i, p in pairs if i < tokenizer.vocab_size]
+
+
+def stop_ids(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> tuple[int, ...]:
+    """EOS and the ids of further pieces that end a response; ValueError for a text that is not one piece."""
+    ids = [tokenizer.eos_id]
+    for text in stop:
+        found = [tokenizer.special_ids[text]] if text in tokenizer.special_ids else tokenizer.encode(text).tolist()
+        if len(found) != 1:
+            nearest = difflib.get_close_matches(text, tokenizer.special_ids, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"stop: {text!r} is {len(found)} pieces, not one; the nearest reserved one is {nearest!r}."
+            )
+        ids += found
+    return tuple(ids)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id", "mesh"))
@@ -164,18 +181,12 @@ def _rows_per_batch(num_prompts: int, batch_size: int, mesh: Mesh | None) -> int
     return -(-max(1, min(num_prompts, batch_size)) // shards) * shards
 
 
-def _record(tokenizer: Tokenizer, prompt: str, prompt_ids, response_ids, has_eos: bool) -> dict[str, Any]:
+def _record(tokenizer: Tokenizer, prompt: str, response_ids: np.ndarray, has_eos: bool) -> dict[str, Any]:
     text_ids = response_ids[:-1] if has_eos else response_ids
     return {
         "prompt": prompt,
-        "response": _continuation(tokenizer, prompt_ids, text_ids),
+        # A model's vocabulary may be padded beyond the tokenizer's; ids there stand for nothing.
+        "response": tokenizer.decode(text_ids[text_ids < tokenizer.vocab_size]),
         "num_tokens": len(response_ids),
         "stop_reason": "eos" if has_eos else "length",
     }
-
-
-def _continuation(tokenizer: Tokenizer, prompt_ids, ids) -> str:
-    """The text that ids add to the prompt: decoded alone, they would lose the space that the first piece begins with."""
-    before = tokenizer.decode(prompt_ids)
-    whole = tokenizer.decode(np.concatenate([prompt_ids, ids]))
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)

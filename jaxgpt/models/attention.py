@@ -28,7 +28,9 @@ class Places(NamedTuple):
     single: bool
 
 
-def attention(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, places: Places, cfg: ModelConfig, window: int | None) -> Array:
+def attention(
+    q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, places: Places, cfg: ModelConfig, window: int | None
+) -> Array:
     """softmax(mask(cap(scale q.k) + alibi)) v, in the dtype of q; softmax in float32. Returns [B, N, T, H].
 
     A query sees the keys of its own segment whose position is at most its own, and within `window` of it if given.
@@ -148,4 +150,9 @@ def _splash(q_BNTH, k_BKSH, v_BKSH, places, cfg, window, *, interpret: bool = Fa
     )
 
 
-_KERNELS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash, "splash_interpret": functools.partial(_splash, interpret=True)}
+_KERNELS = {
+    "xla": _xla,
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),
+}

@@ -134,9 +134,7 @@ def init_params(cfg: ModelConfig, rng: Array) -> Params:
         jax.random.split(rngs["layers"], cfg.num_layers)
     )
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    params["layers"] = jax.tree.map(
-        lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), stacked, is_leaf=is_box
-    )
+    params["layers"] = jax.tree.map(lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}), stacked, is_leaf=is_box)
     if cfg.norm_position != "post":
         params["final_norm"] = make_norm(cfg, "final_norm").init(rngs["head"], x)["params"]
     if cfg.head == "scalar":

@@ -199,7 +199,9 @@ def _damage(root: str, step: int) -> str | None:
     found = _file_digests(os.path.join(root, str(step)))
     for name in sorted(recorded.keys() | found.keys()):
         if recorded.get(name) != found.get(name):
-            what = "is missing" if name not in found else "is new" if name not in recorded else "differs from its digest"
+            what = (
+                "is missing" if name not in found else "is new" if name not in recorded else "differs from its digest"
+            )
             return f"{name} {what}"
     return None
 
@@ -224,7 +226,9 @@ def _discard_untrusted(root: str) -> None:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
         os.remove(_digest_path(root, step))
-        logging.error("Checkpoint %d is damaged (%s); it is moved to %s and the one before is used.", step, damage, target)
+        logging.error(
+            "Checkpoint %d is damaged (%s); it is moved to %s and the one before is used.", step, damage, target
+        )
     if os.path.isdir(os.path.join(root, "damaged")):
         raise ValueError(
             f"Every checkpoint in {root} is damaged; they are kept in {os.path.join(root, 'damaged')}. Restore one from a "

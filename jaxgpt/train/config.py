@@ -98,9 +98,7 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "mlp_dim"):
         if getattr(config.model, name) % tensor:
-            raise ValueError(
-                f"model.{name}={getattr(config.model, name)} is not a multiple of mesh.tensor={tensor}."
-            )
+            raise ValueError(f"model.{name}={getattr(config.model, name)} is not a multiple of mesh.tensor={tensor}.")
     if config.data.sequence_length % mesh.shape["context"]:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} is not a multiple of "

@@ -10,7 +10,11 @@ from jaxgpt.types import Metrics, Params
 
 
 def evaluate(
-    eval_step: Callable[[Params, Params, Any], Metrics], params: Params, frozen: Params, batches: Iterable[Any], group: str
+    eval_step: Callable[[Params, Params, Any], Metrics],
+    params: Params,
+    frozen: Params,
+    batches: Iterable[Any],
+    group: str,
 ) -> dict[str, float]:
     """Metrics over all batches: every sum divided by the total weight, so that ragged batches count by their tokens.
 

@@ -13,7 +13,7 @@ from jaxgpt.train.callbacks import Callback
 from jaxgpt.train.checkpoint import Checkpointer
 from jaxgpt.train.config import NonfiniteConfig
 from jaxgpt.train.step import Step
-from jaxgpt.train.workdir import MetricsLog, StopSignal
+from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Metrics, Params, TrainState
 
 
@@ -96,7 +96,7 @@ def train(
     evaluate: Callable[[TrainState, int], dict[str, float]],
     schedule: Callable[[Any], Any],
     checkpointer: Checkpointer,
-    metrics_log: MetricsLog | None,
+    metrics_log: JsonLog | None,
     callbacks: Sequence[Callback],
     stop: StopSignal,
     start_step: int = 0,

@@ -138,7 +138,9 @@ def matrix_dims(params: Params) -> Any:
         name = tree.path_name(path)
         if not (name.startswith("layers/") and name.endswith("/kernel")):
             return None
-        inputs = range(1, leaf.ndim - 1) if name.endswith("out/kernel") else (1,)  # the attention output is [L, N, H, D]
+        inputs = (
+            range(1, leaf.ndim - 1) if name.endswith("out/kernel") else (1,)
+        )  # the attention output is [L, N, H, D]
         outputs = [axis for axis in range(1, leaf.ndim) if axis not in inputs]
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
 
@@ -179,5 +181,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 def ema_params(opt_state: Any) -> Params | None:
     """The averaged parameters in an optimizer state, or None where no average is kept."""
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, EmaState)) if isinstance(s, EmaState)]
+    found = [
+        s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, EmaState)) if isinstance(s, EmaState)
+    ]
     return found[0].ema if found else None

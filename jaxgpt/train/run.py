@@ -19,7 +19,7 @@ from jaxgpt.train.loop import LoopConfig, train
 from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
 from jaxgpt.train.throughput import peak_flops, training_flops_per_token
-from jaxgpt.train.workdir import MetricsLog, StopSignal, truncate_jsonl
+from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Objective, Params, TrainState
 
 
@@ -30,7 +30,7 @@ class Stage:
     init_fn: rng -> boxed parameters. train_batches: the first batch's index -> this process's rows, batch by batch.
     eval_batches: name -> one pass over a held-out set, this process's rows. on_eval: called after each evaluation
       with (step, parameters), to write samples. initial_params: shardings -> parameters to start from instead of
-      init_fn's.
+      init_fn's. on_start: called with the step that training goes on from.
     """
 
     init_fn: Callable[[jax.Array], Any]
@@ -39,6 +39,7 @@ class Stage:
     eval_batches: dict[str, Callable[[], Iterator[Any]]]
     on_eval: Callable[[int, Params], None] = lambda step, params: None
     initial_params: Callable[[Params], Params] | None = None
+    on_start: Callable[[int], None] = lambda step: None
 
 
 def run(config: TrainConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, int]:
@@ -59,11 +60,13 @@ def run(config: TrainConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Tr
                 params = stage.initial_params(abstract.params)
                 state = state.replace(params=params, opt_state=_fresh(optimizer, params, shardings))
             meta, start = {}, 0
-        metrics_log = MetricsLog(os.path.join(workdir, "metrics.jsonl")) if is_main else None
+        metrics_log = JsonLog(os.path.join(workdir, "metrics.jsonl")) if is_main else None
         if metrics_log is not None:
             metrics_log.truncate_after(start)
-            truncate_jsonl(os.path.join(workdir, "samples.jsonl"), start)
-            print(f"{tree.count(state.params):,} parameters on {_describe(mesh)}; training from step {start}.", flush=True)
+            print(
+                f"{tree.count(state.params):,} parameters on {_describe(mesh)}; training from step {start}.", flush=True
+            )
+        stage.on_start(start)
         watchers = _callbacks(config, workdir, start) if is_main else []
         try:
             return train(

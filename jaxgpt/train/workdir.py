@@ -95,7 +95,9 @@ def check_same(workdir: str, config: dict, *, ignore: tuple[str, ...] = ()) -> N
 def _flatten(config: Any, field: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         return {field: config}
-    return {k: v for key, value in config.items() for k, v in _flatten(value, f"{field}.{key}" if field else key).items()}
+    return {
+        k: v for key, value in config.items() for k, v in _flatten(value, f"{field}.{key}" if field else key).items()
+    }
 
 
 def base_manifest(*, stage: str, **content: Any) -> dict[str, Any]:

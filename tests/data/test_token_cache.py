@@ -248,5 +248,7 @@ def test_a_side_without_documents_is_an_error_that_names_the_fields(tmp_path):
     message = r"data\.holdout\.fraction=1e-09 with data\.holdout\.by='hash' leaves no document on the held-out side"
     with pytest.raises(ValueError, match=message):
         tokenize_source([path], CharTokenizer(), config, "held_out", tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"no document with text in .*a\.txt"):
-        tokenize_source([write(tmp_path / "a.txt", "")], CharTokenizer(), config, "all", tmp_path / "cache")
+    config = DataConfig(holdout=HoldoutConfig(by="position", fraction=0.99))
+    message = r"data\.holdout\.fraction=0.99 with data\.holdout\.by='position' leaves no document on the train side"
+    with pytest.raises(ValueError, match=message):
+        tokenize_source([path], CharTokenizer(), config, "train", tmp_path / "cache")

@@ -36,8 +36,8 @@ def rotate(x_TH, theta):
 
 def attend(x, p, cfg: ModelConfig, window):
     length = len(x)
-    project = lambda name: np.einsum("td,dnh->nth", x, p[name]["kernel"]) + (
-        p[name]["bias"][:, None] if "bias" in p[name] else 0.0
+    project = lambda name: (
+        np.einsum("td,dnh->nth", x, p[name]["kernel"]) + (p[name]["bias"][:, None] if "bias" in p[name] else 0.0)
     )
     q, k, v = project("query"), project("key"), project("value")
     if cfg.qk_norm:
@@ -45,7 +45,9 @@ def attend(x, p, cfg: ModelConfig, window):
     out = np.zeros((length, cfg.embed_dim))
     for n in range(cfg.num_heads):
         g = n // (cfg.num_heads // cfg.num_kv_heads)
-        qn, kn = (rotate(q[n], cfg.rope.theta), rotate(k[g], cfg.rope.theta)) if cfg.position == "rope" else (q[n], k[g])
+        qn, kn = (
+            (rotate(q[n], cfg.rope.theta), rotate(k[g], cfg.rope.theta)) if cfg.position == "rope" else (q[n], k[g])
+        )
         for t in range(length):
             first = 0 if window is None else max(0, t - window + 1)
             scores = kn[first : t + 1] @ qn[t] * cfg.query_scale

@@ -132,7 +132,9 @@ def test_packed_padded_and_plain_rows_give_the_same_numbers(model):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-@pytest.mark.parametrize("change", [{"scan_layers": True}, {"remat": "dots"}, {"scan_layers": True, "remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"scan_layers": True}, {"remat": "dots"}, {"scan_layers": True, "remat": "full"}], ids=str
+)
 def test_scanning_and_recomputing_change_neither_values_nor_gradients(name, change):
     cfg, params = make(OPTIONS[name] | {"scan_layers": False, "remat": "none"})
     loss = lambda cfg: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(decoder.forward(cfg, p, TOKENS)))))

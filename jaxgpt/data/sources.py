@@ -1,0 +1,212 @@
+"""Reading what a user brings: text, jsonl, parquet and array_record files, record by record, with errors that say where."""
+
+import difflib
+import glob
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow
+import pyarrow.parquet
+
+T = TypeVar("T")
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet", ".array_record")
+
+
+class Record(NamedTuple):
+    """One record and where it stands: line counts from 1 (in parquet and array_record files, the row)."""
+
+    fields: dict[str, Any]
+    path: str
+    line: int
+
+
+class Document(NamedTuple):
+    """One text and where it stands."""
+
+    text: str
+    path: str
+    line: int
+
+
+def resolve_paths(path: str | Iterable[str], field: str) -> list[str]:
+    """The files that paths, globs and folders name, each once, sorted; `field` is the config field, for errors.
+
+    Raises ValueError for a pattern without a file, with the nearest name there is, and for a file of another kind.
+    """
+    patterns = [path] if isinstance(path, str) else list(path)
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = glob.glob(os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern, recursive=True)
+        files = [m for m in matches if os.path.isfile(m)]
+        if os.path.isdir(pattern):
+            files = [m for m in files if m.endswith(SUFFIXES)]
+        if not files:
+            raise ValueError(f"{field}: no file matches {pattern!r}{_nearest_file(pattern)}.")
+        found.update(files)
+    for file in sorted(found):
+        if not file.endswith(SUFFIXES):
+            raise ValueError(f"{field}: {file} is not of a supported kind ({', '.join(SUFFIXES)}).")
+    if not found:
+        raise ValueError(f"{field} is empty.")
+    return sorted(found)
+
+
+def _nearest_file(pattern: str) -> str:
+    folder = os.path.dirname(pattern) or "."
+    if not os.path.isdir(folder):
+        return f" (there is no folder {folder!r})"
+    names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES)]
+    close = difflib.get_close_matches(os.path.basename(pattern), names, n=1, cutoff=0.4)
+    return f"; the nearest is {os.path.join(folder, close[0])!r}" if close else ""
+
+
+def content_digest(paths: Iterable[str]) -> str:
+    """sha256 (hex) over the bytes of the files, in the given order; names and times do not matter."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def read_records(path: str) -> Iterator[Record]:
+    """The records of a .jsonl, .jsonl.gz, .parquet or .array_record file (JSON objects), one at a time.
+
+    Raises ValueError naming file and line for bytes that are not UTF-8, lines that are not JSON objects, a damaged or an
+    empty file.
+    """
+    count = 0
+    for record in _READERS[_suffix(path)](path):
+        count += 1
+        yield record
+    if not count:
+        raise ValueError(f"{path} is empty: it has no records.")
+
+
+def _suffix(path: str) -> str:
+    for suffix in (".jsonl.gz", ".jsonl", ".parquet", ".array_record"):
+        if path.endswith(suffix):
+            return suffix
+    raise ValueError(f"{path} has no records; supported are .jsonl, .jsonl.gz, .parquet and .array_record.")
+
+
+def _read_jsonl(path: str) -> Iterator[Record]:
+    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+        line = 0
+        try:
+            for line, raw in enumerate(file, start=1):
+                if raw.strip():
+                    yield _parse(raw, path, line)
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path}: damaged gzip data after line {line} ({error}).") from error
+
+
+def _parse(raw: bytes, path: str, line: int) -> Record:
+    try:
+        fields = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {line}: not valid UTF-8 (byte {error.start} of the line).") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line}: not valid JSON ({error.msg} at column {error.colno}).") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}, line {line}: expected a JSON object, found {type(fields).__name__}.")
+    return Record(fields, path, line)
+
+
+def _read_parquet(path: str) -> Iterator[Record]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            line = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    line += 1
+                    yield Record(fields, path, line)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}).") from error
+
+
+def _read_array_record(path: str) -> Iterator[Record]:
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ValueError(f"{path}: reading array_record files needs a package: pip install array_record.") from error
+    if not os.path.getsize(path):
+        return
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable array_record file ({error}).") from error
+    for line in range(reader.num_records()):
+        yield _parse(reader.read([line])[0], path, line + 1)
+    reader.close()
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".array_record": _read_array_record,
+}
+
+
+def required_field(record: Record, name: str, fields: Mapping[str, str], kind: type[T]) -> T:
+    """The value of the standard field `name`, under the name that `fields` maps it to.
+
+    Raises ValueError naming file and line where it is missing, with the fields there are, or of another type.
+    """
+    key = fields.get(name, name)
+    if key not in record.fields:
+        there = ", ".join(record.fields) or "none"
+        close = difflib.get_close_matches(key, record.fields, n=1)
+        nearest = f"; the nearest is {close[0]!r}" if close else ""
+        raise ValueError(
+            f"{record.path}, line {record.line}: no field {key!r} (there are: {there}){nearest}; data.fields can map it."
+        )
+    value = record.fields[key]
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{record.path}, line {record.line}: the field {key!r} must be {kind.__name__}, not {type(value).__name__}."
+        )
+    return value
+
+
+def read_texts(path: str, *, fields: Mapping[str, str], text_separator: str | None) -> Iterator[Document]:
+    """The documents of a file: its "text" fields, or for .txt the whole file or its parts between text_separator.
+
+    Parts that are empty or white space are left out. Raises ValueError as `read_records`, and where nothing is left.
+    """
+    count = 0
+    if path.endswith(".txt"):
+        documents = _read_txt(path, text_separator)
+    else:
+        documents = (Document(required_field(r, "text", fields, str), r.path, r.line) for r in read_records(path))
+    for document in documents:
+        if document.text.strip():
+            count += 1
+            yield document
+    if not count:
+        raise ValueError(f"{path} is empty: it has no text.")
+
+
+def _read_txt(path: str, separator: str | None) -> Iterator[Document]:
+    with open(path, "rb") as file:
+        raw = file.read()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not valid UTF-8 (byte {error.start} of the file).") from error
+    line = 1
+    for part in text.split(separator) if separator else [text]:
+        yield Document(part, path, line)
+        line += part.count("\n") + (separator or "").count("\n")
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out side: its content's hash, as a number in [0, 1), is below fraction."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64

@@ -1,0 +1,113 @@
+"""report.html: one file that shows what a run did, to keep or to send."""
+
+import base64
+import html
+import json
+import os
+from typing import Any
+
+from jaxgpt.reporting.plots import plot_curves
+from jaxgpt.train.workdir import read_rows
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .sub { opacity: .7; margin-top: 0; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .25rem .9rem .25rem 0;
+border-bottom: 1px solid var(--line); vertical-align: top; } td.number { font-variant-numeric: tabular-nums; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.plots img { width: 100%; background: white; border-radius: 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .8rem; border-radius: 6px; }
+pre b { opacity: .65; font-weight: normal; } details { margin: .5rem 0; } summary { cursor: pointer; }
+"""
+
+
+def write_report(workdir: str) -> str:
+    """Write WORKDIR/plots/*.png and WORKDIR/report.html from what the run has left so far; returns the report's path.
+
+    Works for a run that is unfinished, or was killed: files that are missing are left out.
+    """
+    rows = read_rows(os.path.join(workdir, "metrics.jsonl"))
+    samples = read_rows(os.path.join(workdir, "samples.jsonl"))
+    config = _load(os.path.join(workdir, "config.json"))
+    manifest = _load(os.path.join(workdir, "manifest.json"))
+    plots = plot_curves(rows, os.path.join(workdir, "plots"), manifest.get("reference_lines", {}))
+    title = f"{manifest.get('stage', 'run')}: {os.path.basename(os.path.abspath(workdir))}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p class=sub>{_status(rows, config, manifest)}</p>",
+        _metrics_table(rows, manifest),
+        f"<h2>Curves</h2><div class=plots>{''.join(_image(p) for p in plots)}</div>" if plots else "",
+        _samples(samples),
+        _details("Config", config),
+        _details("Provenance", {k: v for k, v in manifest.items() if k not in ("config", "final_metrics")}),
+    ]
+    page = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    path = os.path.join(workdir, "report.html")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page)
+    return path
+
+
+def _load(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def _status(rows: list[dict], config: dict, manifest: dict) -> str:
+    if not rows:
+        return "Nothing was logged yet."
+    steps = config.get("num_train_steps")
+    end = "finished" if manifest else "unfinished"
+    return f"{end} at step {rows[-1]['step']:,}" + (f" of {steps:,}" if steps else "")
+
+
+def _metrics_table(rows: list[dict], manifest: dict) -> str:
+    """The last value of every metric, and what guessing would give."""
+    last: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        last |= {name: (row["step"], value) for name, value in row.items() if name != "step"}
+    body = "".join(
+        f"<tr><td>{html.escape(name)}<td class=number>{value:,.5g}<td class=number>{step:,}"
+        for name, (step, value) in sorted(last.items())
+    )
+    body += "".join(
+        f"<tr><td>loss of guessing: {html.escape(name)}<td class=number>{value:,.5g}<td>"
+        for name, value in manifest.get("reference_lines", {}).items()
+    )
+    return f"<h2>Metrics</h2><table><tr><th>metric<th>last value<th>at step</tr>{body}</table>" if body else ""
+
+
+def _image(path: str) -> str:
+    with open(path, "rb") as file:
+        data = base64.b64encode(file.read()).decode()
+    name = os.path.splitext(os.path.basename(path))[0].replace("_", " ")
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def _samples(samples: list[dict]) -> str:
+    """The texts of the last step that has any, then those of the others, folded."""
+    steps = sorted({row["step"] for row in samples}, reverse=True)
+    parts = []
+    for step in steps:
+        texts = "".join(
+            f"<pre><b>{html.escape(str(row['prompt']))}</b>{html.escape(str(row['response']))}</pre>"
+            for row in samples
+            if row["step"] == step
+        )
+        opened = " open" if step == steps[0] else ""
+        parts.append(f"<details{opened}><summary>step {step:,}</summary>{texts}</details>")
+    return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
+
+
+def _details(title: str, content: dict) -> str:
+    if not content:
+        return ""
+    text = html.escape(json.dumps(content, indent=2, sort_keys=True))
+    return f"<h2>{title}</h2><details><summary>show</summary><pre>{text}</pre></details>"
