@@ -68,7 +68,7 @@ def run(
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """argv without the --config.a.b=value arguments, and those as (field, value) pairs."""
+    """Argv without the --config.a.b=value arguments, and those as (field, value) pairs."""
     rest, overrides = argv[:1], []
     arguments = iter(argv[1:])
     for argument in arguments:

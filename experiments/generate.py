@@ -15,6 +15,7 @@ import jax
 
 from experiments import cli
 from jaxgpt import partition
+from jaxgpt.data import sources
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, next_token_table, stop_ids
 from jaxgpt.partition import MeshConfig
@@ -25,8 +26,8 @@ from jaxgpt.train.load import LoadedModel, load_model
 class GenerateConfig:
     """What is generated, and how.
 
-    init_from: the workdir of a training run. prompt: one text; empty continues BOS alone. prompts_file: one prompt per
-      line, or .jsonl with a field "prompt". output: a .jsonl file for the results, instead of printing them.
+    init_from: the workdir of a training run. prompt: one text; empty continues BOS alone. prompts_file: a .txt
+      with one prompt per line, or records (.jsonl[.gz], .parquet, .array_record) with a field "prompt". output: a .jsonl file for the results, instead of printing them.
     stop: pieces that end a response, besides EOS. show_probabilities: so many of the most probable next tokens are
       printed for each prompt. batch_size: the most prompts generated for at once.
     """
@@ -79,26 +80,15 @@ def main(config: GenerateConfig, workdir: str) -> None:
 def read_prompts(config: GenerateConfig) -> list[str]:
     """The prompts of the config; ValueError naming the file and line where one cannot be read."""
     prompts = [] if config.prompt is None else [config.prompt]
-    if config.prompts_file:
-        if not os.path.isfile(config.prompts_file):
-            raise ValueError(f"prompts_file: there is no file {config.prompts_file!r}.")
-        with open(config.prompts_file, encoding="utf-8") as file:
-            lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(file, 1) if line.strip()]
-        is_json = config.prompts_file.endswith(".jsonl")
-        prompts += [_prompt_of(config.prompts_file, *line) if is_json else line[1] for line in lines]
+    for path in sources.resolve_paths(config.prompts_file, "prompts_file") if config.prompts_file else ():
+        if path.endswith(".txt"):
+            with open(path, encoding="utf-8") as file:
+                prompts += [line.rstrip("\r\n") for line in file if line.strip()]
+        else:
+            prompts += [sources.required_field(record, "prompt", {}, str) for record in sources.read_records(path)]
     if not prompts:
         raise ValueError("There is no prompt: set prompt to a text, or prompts_file to a file that holds some.")
     return prompts
-
-
-def _prompt_of(path: str, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts_file: {path}, line {number} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f'prompts_file: {path}, line {number} has no text field "prompt".')
-    return record["prompt"]
 
 
 def print_probabilities(config: GenerateConfig, model: LoadedModel, prompt: str, mesh) -> None:
@@ -110,4 +100,4 @@ def print_probabilities(config: GenerateConfig, model: LoadedModel, prompt: str,
 
 
 if __name__ == "__main__":
-    cli.run(main, GenerateConfig, default_config="configs/generate.py")
+    cli.run(main, GenerateConfig, default_config="configs/generate.py", needs_workdir=False)

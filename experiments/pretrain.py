@@ -21,7 +21,6 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generate.text import generate_texts
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
-from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
 from jaxgpt.train.config import TrainConfig, check_mesh

@@ -21,7 +21,7 @@ def build(cls: type[T], values: Mapping[str, Any], field: str = "") -> T:
         type, or whatever the dataclass's own __post_init__ finds.
     """
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # pyright: ignore[reportArgumentType]
+    known = list(hints)
     arguments = {}
     for key, value in values.items():
         if key not in known:
@@ -47,11 +47,11 @@ def convert(value: Any, hint: Any, field: str) -> Any:
             return value
         close = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.0)[0]
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(str, options))}; the nearest is {close!r}.")
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):  # pyright: ignore[reportArgumentType]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if type(value) is hint:
             return value
         if isinstance(value, Mapping):
-            return build(hint, value, field)  # pyright: ignore[reportArgumentType]
+            return build(hint, value, field)
         raise ValueError(f"{field} is a section with fields of its own, not {value!r}.")
     if origin is tuple:
         if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ def masked_mean(x: Array, mask: Array) -> Array:
 
 
 def token_logprobs(logits_V: Array, targets: Array) -> Array:
-    """log softmax(logits)[target], f32. logits: [..., V]; targets: i32 [...]."""
+    """Log softmax(logits)[target], f32. logits: [..., V]; targets: i32 [...]."""
     logits_V = logits_V.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits_V, axis=-1)

@@ -23,7 +23,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def split(params: dict, is_first: Callable[[str], bool]) -> tuple[dict, dict]:
     """Two nested dicts: the leaves whose path name satisfies the predicate, and the others."""
-    first, second = {}, {}
+    first: dict = {}
+    second: dict = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         node = first if is_first(path_name(path)) else second
         for key in path[:-1]:

@@ -84,7 +84,7 @@ def _reference(modules: list[_Module]) -> Iterator[tuple[str, str]]:
                         and isinstance(value, ast.Constant)
                         and isinstance(value.value, str)
                     ):
-                        yield f"topic {key.value}", value.value.strip() + "\n"
+                        yield f"topic {key.value!s}", value.value.strip() + "\n"
 
 
 def _docstrings(modules: list[_Module]) -> Iterator[tuple[str, str]]:

@@ -124,7 +124,7 @@ def _split_documents(paths: Sequence[str], config: DataConfig, split: Split) -> 
     for path in paths:
         read = functools.partial(read_texts, path, fields=config.fields, text_separator=config.text_separator)
         if split == "all":
-            texts = (document.text for document in read())
+            texts: Iterator[str] = (document.text for document in read())
         elif holdout.by == "position":
             texts = _split_by_position(read, holdout.fraction, split)
         else:

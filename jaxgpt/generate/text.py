@@ -95,8 +95,10 @@ def generate_texts(
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         unused = rows - len(chosen)
-        ids = [encoded[i] for i in chosen] + [[]] * unused
-        prompt_BP, mask_BP = pad_prompts(ids, tokenizer.pad_id, multiple=_PROMPT_MULTIPLE, max_length=max_length)
+        rows_of_ids = [*(encoded[i] for i in chosen), *[np.zeros(0, np.int32)] * unused]
+        prompt_BP, mask_BP = pad_prompts(
+            rows_of_ids, tokenizer.pad_id, multiple=_PROMPT_MULTIPLE, max_length=max_length
+        )
         batch = prompt_BP, mask_BP, np.array(chosen + [0] * unused, np.int32)
         if mesh is not None:
             local = partition.local_rows(mesh, rows)

@@ -1,7 +1,8 @@
 """Causal attention within segments: one meaning, several kernels. Axis legend in jaxgpt/types.py."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,11 +127,8 @@ def _splash(q_BNTH, k_BKSH, v_BKSH, places, cfg, window, *, interpret: bool = Fa
         shape = (length, length)
         mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
         block = next(b for b in (512, 256, 128) if length % b == 0)
-        blocks = {
-            name: block
-            for name in ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
-                         "block_q_dq", "block_kv_dq")
-        }  # fmt: skip
+        names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+        blocks: dict[str, Any] = {f"block_{name}": block for name in names}
         kernel = splash.make_splash_mha_single_device(
             mask=splash.MultiHeadMask([mask] * q_BNTH.shape[1]),
             block_sizes=splash.BlockSizes(**blocks),
@@ -150,7 +148,7 @@ def _splash(q_BNTH, k_BKSH, v_BKSH, places, cfg, window, *, interpret: bool = Fa
     )
 
 
-_KERNELS = {
+_KERNELS: dict[str, Callable[..., Array]] = {
     "xla": _xla,
     "cudnn": _cudnn,
     "splash": _splash,

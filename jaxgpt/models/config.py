@@ -36,14 +36,14 @@ class ModelConfig:
     """One decoder-only transformer. Defaults are a small modern (Llama-like) one; presets fill in the known families.
 
     vocab_size: 0 means "take it from the tokenizer" and is resolved before a model is built.
-    num_kv_heads: None means num_heads (MHA); 1 is MQA. head_dim: None means embed_dim // num_heads.
-    mlp_dim: None means 4 * embed_dim. max_seq_length: size of the learned position table and upper bound of sequences.
+    num_kv_heads: 0 means num_heads (MHA); 1 is MQA. head_dim: 0 means embed_dim // num_heads.
+    mlp_dim: 0 means 4 * embed_dim. max_seq_length: size of the learned position table and upper bound of sequences.
     norm_scale_offset: Gemma's RMSNorm, which multiplies by (1 + scale).
     norm_position: `pre`; `post` (the norm after each residual sum, Vaswani et al. 2017); `sandwich` (before and after
       each sub-layer, Gemma 2).
     sliding_window: tokens a local layer may look back on, itself included. window_pattern is repeated over the layers:
       ("local", "global") alternates, starting local. Ignored where sliding_window is None.
-    query_scale: queries are multiplied by it; None means head_dim ** -0.5.
+    query_scale: queries are multiplied by it; 0 means head_dim ** -0.5.
     attention_softcap, final_softcap: x -> cap * tanh(x / cap); None switches it off.
     scale_embeddings: token embeddings are multiplied by sqrt(embed_dim) (Gemma).
     head: `lm` gives logits; `scalar` gives one value per token (reward and value models).
@@ -59,9 +59,9 @@ class ModelConfig:
     num_layers: int = 4
     embed_dim: int = 128
     num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_dim: int | None = None
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    mlp_dim: int = 0
     max_seq_length: int = 256
 
     position: Literal["learned", "rope", "sinusoidal", "alibi", "none"] = "rope"
@@ -79,7 +79,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     window_pattern: tuple[Literal["local", "global"], ...] = ("local",)
-    query_scale: float | None = None
+    query_scale: float = 0.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
     tie_embeddings: bool = True
@@ -98,14 +98,14 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
         fill = lambda name, value: object.__setattr__(self, name, value)
-        if self.num_kv_heads is None:
+        if not self.num_kv_heads:
             fill("num_kv_heads", self.num_heads)
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
                 f"the nearest valid value is {_nearest_divisor(self.num_heads, self.num_kv_heads)}."
             )
-        if self.head_dim is None:
+        if not self.head_dim:
             if self.embed_dim % self.num_heads:
                 raise ValueError(
                     f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}; the "
@@ -113,9 +113,9 @@ class ModelConfig:
                     "model.head_dim."
                 )
             fill("head_dim", self.embed_dim // self.num_heads)
-        if self.mlp_dim is None:
+        if not self.mlp_dim:
             fill("mlp_dim", 4 * self.embed_dim)
-        if self.query_scale is None:
+        if not self.query_scale:
             fill("query_scale", 1 / math.sqrt(self.head_dim))
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for model.position='rope'.")

@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
-    """x with elements zeroed at `rate` and the rest scaled to keep the mean; x itself without rng."""
+    """X with elements zeroed at `rate` and the rest scaled to keep the mean; x itself without rng."""
     if rng is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -177,7 +177,7 @@ def hidden_states(
 
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` slots per row."""
-    shape = (cfg.num_layers, batch, cfg.num_kv_heads or cfg.num_heads, length, cfg.head_dim or 0)
+    shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
     empty = jnp.zeros((batch, length), jnp.int32)
     zeros = jnp.zeros(shape, compute_dtype(cfg))
     return KVCache(zeros, zeros, empty, empty, jnp.zeros((batch,), jnp.int32))
@@ -277,7 +277,8 @@ def _trunk(cfg, params, tokens_BT, places: Places, *, write=None, cached=None, d
     with jax.named_scope("layers"):
         x_BTD, kv = _stack(cfg, layers, x_BTD, (params["layers"], cached, rngs))
     if cfg.norm_position != "post":
-        x_BTD = make_norm(cfg, "final_norm").apply({"params": params["final_norm"]}, x_BTD)
+        norm: Callable = make_norm(cfg, "final_norm").apply
+        x_BTD = norm({"params": params["final_norm"]}, x_BTD)
     return x_BTD, kv
 
 

@@ -48,12 +48,12 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
-        kernel = self.param("kernel", init, self.shape, jnp.float32)
+        kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
         out = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
         if self.bias_axes is not None:
             names = tuple(self.names[i] for i in self.bias_axes)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
-            bias = self.param("bias", zeros, tuple(self.shape[i] for i in self.bias_axes), jnp.float32)
+            bias: Any = self.param("bias", zeros, tuple(self.shape[i] for i in self.bias_axes), jnp.float32)
             out = out + bias.astype(self.dtype).reshape(self.bias_shape)
         return out
 
@@ -73,7 +73,7 @@ class Norm(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.zeros if self.offset else nn.initializers.ones
         features = (x.shape[-1],)
-        scale = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), features, jnp.float32)
+        scale: Any = self.param("scale", nn.with_logical_partitioning(init, ("norm",)), features, jnp.float32)
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -81,7 +81,8 @@ class Norm(nn.Module):
         y = y * (scale + 1 if self.offset else scale)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-            y = y + self.param("bias", zeros, features, jnp.float32)
+            bias: Any = self.param("bias", zeros, features, jnp.float32)
+            y = y + bias
         return y.astype(x.dtype)
 
 
@@ -106,7 +107,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         cfg, dtype, act = self.cfg, x_BTD.dtype, ACTIVATIONS[self.cfg.activation]
-        dim, hidden = cfg.embed_dim, cfg.mlp_dim or 4 * cfg.embed_dim
+        dim, hidden = cfg.embed_dim, cfg.mlp_dim
         bias = (1,) if cfg.mlp_bias else None
 
         def project(name: str) -> Array:

@@ -66,7 +66,7 @@ def wandb(config: WandbConfig, workdir: str, run_config: dict) -> Callback:
 
 def profiler(config: ProfileConfig, workdir: str) -> Callback:
     """A jax.profiler trace of the configured steps, in WORKDIR/profile (open it with TensorBoard or xprof)."""
-    recording = []
+    recording: list[int] = []
 
     def stop():
         if recording:

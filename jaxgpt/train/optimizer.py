@@ -55,7 +55,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, num_train_steps: int) -> Schedule:
-    """step (the number of updates before this one) -> learning rate, f32.
+    """Step (the number of updates before this one) -> learning rate, f32.
 
     Warm-up step s has rate learning_rate * (s + 1) / warmup_steps, so that the first update is not wasted.
     """

@@ -105,7 +105,7 @@ def _evaluator(config: TrainConfig, mesh: Mesh, stage: Stage) -> Callable[[Train
     eval_step = make_eval_step(stage.objective, mesh, DEFAULT_RULES)
 
     def run_evaluation(state: TrainState, step: int) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
         averaged = ema_params(state.opt_state)
         for name, batches in stage.eval_batches.items():
             suffix = f"/{name}" if len(stage.eval_batches) > 1 else ""

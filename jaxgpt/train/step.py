@@ -34,7 +34,8 @@ def abstract_state(
     params, frozen = tree.split(params, trainable)
     opt_state = jax.eval_shape(optimizer.init, params)
     whole = partition.replicated(mesh)
-    state = TrainState(
+    make_state: Callable[..., TrainState] = TrainState  # of abstract leaves
+    state = make_state(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=jax.tree.map(_with_sharding, opt_state, _inherit(opt_state, params, whole)),

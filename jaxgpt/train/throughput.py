@@ -36,9 +36,9 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     T_mean is the whole sequence length, or the window of a local layer, as if no key were masked: the convention of
     Chowdhery et al. 2022 (arXiv:2204.02311), appendix B.
     """
-    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads or model.num_heads, model.head_dim or 0
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     attention_params = model.embed_dim * head_dim * (2 * heads + 2 * kv_heads)
-    mlp_params = model.embed_dim * (model.mlp_dim or 0) * (3 if model.gated_mlp else 2)
+    mlp_params = model.embed_dim * model.mlp_dim * (3 if model.gated_mlp else 2)
     matmul_params = model.num_layers * (attention_params + mlp_params) + model.embed_dim * model.vocab_size
     window = min(model.sliding_window or sequence_length, sequence_length)
     kinds = [model.window_pattern[i % len(model.window_pattern)] for i in range(model.num_layers)]

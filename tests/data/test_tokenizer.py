@@ -10,7 +10,26 @@ from hypothesis import strategies as st
 from jaxgpt.data import tokenizer as tokenizers
 from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven green birds sing of rain and light".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "green",
+    "birds",
+    "sing",
+    "of",
+    "rain",
+    "and",
+    "light",
+]
 RNG = np.random.default_rng(0)
 TEXTS = [" ".join(RNG.choice(WORDS, 30)) + "\n    indented = True\n\tx" for _ in range(300)]
 SIZES = {"bpe": 400, "unigram": 360, "char": 10_000, "word": 320}
