@@ -16,15 +16,16 @@ def model_config(name: str) -> dict:
     return dict(PRESETS[name])
 
 
-def _shape(num_layers, embed_dim, num_heads, num_kv_heads, mlp_dim, head_dim=None) -> dict:
-    shape = {
-        "num_layers": num_layers,
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "mlp_dim": mlp_dim,
-    }
-    return shape | ({"head_dim": head_dim} if head_dim else {})
+def _shape(num_layers, embed_dim, num_heads, num_kv_heads, mlp_dim, head_dim=0) -> dict:
+    """Sizes; those that follow from others by default are left out, so that overriding one moves them too."""
+    shape = {"num_layers": num_layers, "embed_dim": embed_dim, "num_heads": num_heads}
+    if num_kv_heads != num_heads:
+        shape["num_kv_heads"] = num_kv_heads
+    if mlp_dim != 4 * embed_dim:
+        shape["mlp_dim"] = mlp_dim
+    if head_dim:
+        shape["head_dim"] = head_dim
+    return shape
 
 
 def _gpt2(num_layers, embed_dim, num_heads) -> dict:

@@ -122,10 +122,12 @@ def _is_ours(error: Exception) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and os.path.abspath(frame.tb_frame.f_code.co_filename).startswith(_ROOT + os.sep)
+    source = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    return any(os.path.abspath(source).startswith(os.path.join(_ROOT, part, "")) for part in _PARTS)
 
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PARTS = ("jaxgpt", "experiments", "configs")
 
 
 def _fail(error: Exception) -> None:

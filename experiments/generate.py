@@ -26,8 +26,9 @@ from jaxgpt.train.load import LoadedModel, load_model
 class GenerateConfig:
     """What is generated, and how.
 
-    init_from: the workdir of a training run. prompt: one text; empty continues BOS alone. prompts_file: a .txt
-      with one prompt per line, or records (.jsonl[.gz], .parquet, .array_record) with a field "prompt". output: a .jsonl file for the results, instead of printing them.
+    init_from: the workdir of a training run. prompt: one text; empty continues BOS alone. prompts_file: a .txt with one
+      prompt per line, or records (.jsonl[.gz], .parquet, .array_record) with a field "prompt". output: a .jsonl file for
+      the results, instead of printing them.
     stop: pieces that end a response, besides EOS. show_probabilities: so many of the most probable next tokens are
       printed for each prompt. batch_size: the most prompts generated for at once.
     """
@@ -82,8 +83,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     prompts = [] if config.prompt is None else [config.prompt]
     for path in sources.resolve_paths(config.prompts_file, "prompts_file") if config.prompts_file else ():
         if path.endswith(".txt"):
-            with open(path, encoding="utf-8") as file:
-                prompts += [line.rstrip("\r\n") for line in file if line.strip()]
+            lines = sources.read_texts(path, fields={}, text_separator="\n")
+            prompts += [line.text.rstrip("\r") for line in lines]
         else:
             prompts += [sources.required_field(record, "prompt", {}, str) for record in sources.read_records(path)]
     if not prompts:

@@ -1,0 +1,188 @@
+"""A pretraining run from the command line: finished, resumed, killed, damaged, preempted, refused."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxgpt import partition, tree
+from jaxgpt.partition import MeshConfig
+from jaxgpt.train.load import load_model
+from tests.experiments.conftest import ROOT, command, environment
+
+TIMES = ("train/tokens_per_second", "train/mfu")
+
+
+def rows(workdir) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def parameters(workdir) -> str:
+    import jax
+
+    return tree.digest(load_model(str(workdir), partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])).params)
+
+
+@pytest.fixture(scope="session")
+def finished(arguments, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = command("pretrain", f"--workdir={workdir}", *arguments, "--config.samples.prompts=Ann,Bob likes",
+                   "--config.samples.max_new_tokens=8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_learns_and_leaves_what_the_contract_says(finished):
+    workdir, done = finished
+    assert "Finished at step 12" in done.stdout
+    logged = rows(workdir)
+    assert [row["step"] for row in logged] == [2, 4, 6, 8, 10, 12]
+    assert logged[-1]["train/loss"] < logged[0]["train/loss"] - 0.5
+    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"} < logged[-1].keys()
+    assert logged[-1]["eval/perplexity"] == pytest.approx(np.exp(logged[-1]["eval/loss"]))
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert manifest["stage"] == "pretrain"
+    assert manifest["final_metrics"]["eval/loss"] == logged[-1]["eval/loss"]
+    assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["prompt"]) for s in samples] == [(6, "Ann"), (6, "Bob likes"), (12, "Ann"), (12, "Bob likes")]
+    for name in ("report.html", "plots/loss.png", "tokenizer.model", "checkpoints/12"):
+        assert (workdir / name).exists(), name
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_same_command_on_a_finished_run_says_so(finished, arguments):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    done = command("pretrain", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 0
+    assert "is finished: step 12" in done.stdout
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def start(workdir, arguments, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *arguments],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def wait_for_step(workdir, step: int, process) -> None:
+    """Until the run has logged `step`."""
+    deadline = time.monotonic() + 200
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    while not (path.exists() and f'{{"step": {step},' in path.read_text()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("step", [2, 6, 10])
+def test_killed_and_restarted_equals_undisturbed_bit_for_bit(finished, arguments, tmp_path, step):
+    process = start(tmp_path, arguments)
+    wait_for_step(tmp_path, step, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = command("pretrain", f"--workdir={tmp_path}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path) == rows(finished[0])
+    assert parameters(tmp_path) == parameters(finished[0])
+
+
+def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(finished, arguments, tmp_path):
+    process = start(tmp_path, arguments)
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    if "Preempted at step" in output:  # else the signal came after the last step
+        assert not (tmp_path / "manifest.json").exists()
+    done = command("pretrain", f"--workdir={tmp_path}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path) == rows(finished[0])
+    assert parameters(tmp_path) == parameters(finished[0])
+
+
+def test_a_flipped_byte_in_the_newest_checkpoint_is_reported_and_the_one_before_used(finished, arguments, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "manifest.json").unlink()
+    largest = max((p for p in (workdir / "checkpoints/12").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    done = command("pretrain", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Checkpoint 12 is damaged" in done.stderr
+    assert "training from step 8" in done.stdout
+    assert rows(workdir) == rows(finished[0])
+    assert parameters(workdir) == parameters(finished[0])
+
+
+def test_eight_devices_go_on_from_one_and_agree_to_rounding(finished, arguments, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "manifest.json").unlink()
+    shutil.rmtree(workdir / "checkpoints/12")
+    done = command("pretrain", f"--workdir={workdir}", *arguments, "--config.mesh.data=2", "--config.mesh.fsdp=2",
+                   "--config.mesh.tensor=2", devices=8)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "training from step 8" in done.stdout
+    for ours, theirs in zip(rows(workdir), rows(finished[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_second_run_on_the_workdir_is_refused(arguments, tmp_path):
+    process = start(tmp_path, arguments)
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        done = command("pretrain", f"--workdir={tmp_path}", *arguments)
+    finally:
+        process.kill()
+        process.communicate()
+    assert done.returncode == 2
+    assert f"is in use by another run (process {process.pid}" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(arguments, tmp_path):
+    done = command("pretrain", f"--workdir={tmp_path}", *arguments, "--config.optimizer.learning_rate=1e30")
+    assert done.returncode == 1
+    assert "is not finite at step" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.model.num_head=2"], ["model.num_head", "model.num_heads"]),
+        (["--config.batch_size=many"], ["batch_size", "an integer", "'many'"]),
+        (["--config.model.num_heads=3"], ["model.embed_dim=16", "model.num_heads=3"]),
+        (["--config.data.sequence_length=512"], ["data.sequence_length=512", "model.max_seq_length=64"]),
+        (["--config.mesh.data=3"], ["mesh.data=3", "1 device"]),
+        (["--config.data.train=nowhere.txt"], ["data.train", "nowhere.txt"]),
+        (["--config.data.tokenizer=nowhere"], ["data.tokenizer", "nowhere"]),
+        (["--config=configs/pretrian.py"], ["configs/pretrian.py", "pretrain.py"]),
+        (["--config=configs/pretrain.py:tinny"], ["tinny", "tiny"]),
+        (["--cnfig.batch_size=3"], ["cnfig"]),
+        (["surplus"], ["surplus"]),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else str(x),
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(arguments, tmp_path, flags, words):
+    done = command("pretrain", f"--workdir={tmp_path}/run", *arguments, *flags)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in errors[0]
+    assert not (tmp_path / "run/checkpoints").exists()
