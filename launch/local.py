@@ -1,0 +1,110 @@
+"""A multi-controller job on one machine: several processes that jax.distributed joins, as on many hosts.
+
+    python -m launch.local --num_processes=2 [--devices_per_process=4] [--dry_run] -- python -m experiments.pretrain ...
+
+Each process's lines are printed behind [its number]. When one ends badly the others are ended too, and the last line
+says which it was and how; run the same command again to resume.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+GRACE_SECONDS = 15.0  # for survivors to notice, save and end by themselves
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job; returns the exit code of the process that ended it (128 + signal where a signal did)."""
+    options, command = parse(arguments)
+    port = free_port()
+    environments = [environment(i, port, options) for i in range(options.num_processes)]
+    if options.dry_run:
+        for added in environments:
+            print(*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(command))
+        return 0
+    processes = [
+        subprocess.Popen(command, env=os.environ | added, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for added in environments
+    ]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: [p.send_signal(n) for p in processes if p.poll() is None])
+    printers = [threading.Thread(target=forward, args=(i, p)) for i, p in enumerate(processes)]
+    for printer in printers:
+        printer.start()
+    first = wait(processes)
+    for printer in printers:
+        printer.join()
+    if first is None:
+        return 0
+    code = processes[first].returncode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    print(f"error: process {first} of {len(processes)} {how} first; the job is over.", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's options, and the command after --."""
+    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__.split("\n")[0])
+    parser.add_argument("--num_processes", type=int, default=2, help="processes to start")
+    parser.add_argument("--devices_per_process", type=int, default=0, help="simulated CPU devices of each; 0: as they are")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run")
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    if not command:
+        parser.error("the command to run is missing: ... -- python -m experiments.pretrain --config=...")
+    if options.num_processes < 1:
+        parser.error(f"--num_processes must be at least 1, not {options.num_processes}")
+    return options, command
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment(index: int, port: int, options: argparse.Namespace) -> dict[str, str]:
+    """What process `index` finds in its environment (see jaxgpt.partition.start_distributed)."""
+    added = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(options.num_processes),
+        "JAX_PROCESS_ID": str(index),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.devices_per_process:
+        others = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+        count = f"--xla_force_host_platform_device_count={options.devices_per_process}"
+        added["XLA_FLAGS"] = " ".join([*others, count])
+    return added
+
+
+def forward(index: int, process: subprocess.Popen) -> None:
+    """Print the process's lines as they come."""
+    for line in process.stdout or ():
+        print(f"[{index}] {line}", end="", flush=True)
+
+
+def wait(processes: list[subprocess.Popen]) -> int | None:
+    """Wait for all; the index of the first that ended badly, after whom the others have GRACE_SECONDS, or None."""
+    first, deadline = None, float("inf")
+    while any(p.poll() is None for p in processes):
+        failed = [i for i, p in enumerate(processes) if p.poll()]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    failed = [i for i, p in enumerate(processes) if p.returncode]
+    return first if first is not None else next(iter(failed), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Several controllers are one run: the same numbers as one process with as many devices, one writer, one lock."""
+
+import signal
+import subprocess
+import sys
+
+from tests.experiments.conftest import ROOT, command, environment
+from tests.experiments.test_pretrain import parameters, rows, wait_for_step
+
+JOB = ["-m", "launch.local", "--num_processes=2", "--devices_per_process=2", "--"]
+
+
+def job(workdir, arguments) -> list[str]:
+    return [sys.executable, *JOB, sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *arguments]
+
+
+def test_two_processes_equal_one_with_as_many_devices_also_after_a_kill(arguments, tmp_path):
+    arguments = [*arguments, "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    one = command("pretrain", f"--workdir={tmp_path}/one", *arguments, devices=4)
+    assert one.returncode == 0, one.stderr
+
+    process = subprocess.Popen(job(tmp_path / "two", arguments), cwd=ROOT, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    wait_for_step(tmp_path / "two", 6, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+    done = subprocess.run(job(tmp_path / "two", arguments), cwd=ROOT, env=environment(), text=True, timeout=200,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(tmp_path / "two") == rows(tmp_path / "one")
+    assert parameters(tmp_path / "two") == parameters(tmp_path / "one")

@@ -1,0 +1,64 @@
+"""The local launcher, with commands that need no jax."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SHOW = "import os; print('I am', os.environ['JAX_PROCESS_ID'], 'of', os.environ['JAX_NUM_PROCESSES'])"
+
+
+def launch(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    command = ["--", sys.executable, "-c", code] if code else []
+    return subprocess.run(
+        [sys.executable, "-m", "launch.local", *arguments, *command], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_every_process_knows_its_number_and_prints_behind_it():
+    done = launch("--num_processes=3", code=SHOW)
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == [f"[{i}] I am {i} of 3" for i in range(3)]
+
+
+def test_all_share_one_coordinator_and_the_simulated_devices():
+    done = launch("--devices_per_process=4", "--dry_run", code=SHOW)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert len({line.split()[0] for line in lines}) == 1
+    assert lines[0].startswith("JAX_COORDINATOR_ADDRESS=127.0.0.1:")
+    assert all("--xla_force_host_platform_device_count=4" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "how"),
+    [("os._exit(7)", 7, "ended with exit code 7"), ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL")],
+)
+def test_the_first_bad_end_ends_the_job_and_is_named(end, code, how):
+    script = f"import os, time\nif os.environ['JAX_PROCESS_ID'] == '1': {end}\ntime.sleep(1)"
+    done = launch(code=script)
+    assert done.returncode == code
+    assert f"process 1 of 2 {how} first" in done.stderr
+
+
+def test_sigterm_reaches_every_process():
+    script = "import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('ready')\ntime.sleep(60)"
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", "--", sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
+    started = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 0
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("arguments", [[], ["--num_processes=0", "--", "true"], ["--processes=2", "--", "true"]])
+def test_a_mistake_is_exit_code_2(arguments):
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert "error: " in done.stderr

@@ -1,0 +1,61 @@
+"""The project's own files: every config runs, and nothing is in them that does not belong there."""
+
+import importlib
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from configs import benchmark, pretrain
+from experiments import cli
+from experiments.benchmark import BenchmarkConfig
+from experiments.generate import GenerateConfig
+from experiments.tokenizer import Config as TokenizerStage
+from jaxgpt.train.config import TrainConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = {"pretrain": TrainConfig, "tokenizer": TokenizerStage, "generate": GenerateConfig, "benchmark": BenchmarkConfig}
+PRESETS = [
+    *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
+    ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),
+    ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "preset"), PRESETS)
+def test_every_config_builds_its_stages_dataclass(stage, preset):
+    built = cli.load_config(str(ROOT / f"configs/{stage}.py") + (f":{preset}" if preset else ""), [], STAGES[stage])
+    assert isinstance(built, STAGES[stage])
+
+
+def test_every_config_file_is_covered_and_says_how_it_is_run():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.stem in ("__init__", "models"):
+            continue
+        assert path.stem in STAGES, f"{path} is exercised by no test"
+        assert "python -m experiments." in importlib.import_module(f"configs.{path.stem}").__doc__
+
+
+def test_a_benchmark_measures_a_pretraining_preset():
+    built = cli.load_config(str(ROOT / "configs/benchmark.py"), [], BenchmarkConfig)
+    assert built.train.model == cli.load_config(str(ROOT / "configs/pretrain.py:cpu_14m"), [], TrainConfig).model
+    assert benchmark.get_config().what == "train"
+
+
+def tracked(*patterns: str) -> list[pathlib.Path]:
+    done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in done.stdout.splitlines()]
+
+
+def test_there_is_no_stub_and_no_path_of_one_machine():
+    unfinished = re.compile(r"\bTO" + r"DO\b|\bFIX" + r"ME\b|NotImplemented" + r"Error|/home/\w|/root/|/Users/")
+    for path in tracked("*.py", "*.md", "*.toml", "*.txt", "Makefile"):
+        assert not unfinished.search(path.read_text()), path
+
+
+def test_the_pinned_versions_name_no_place_to_get_them_from():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert len(lines) > 50
+    for line in lines:
+        assert line.startswith("#") or re.fullmatch(r'[\w.-]+==[\w.+]+( ; python_version (<|>=) "3\.12")?', line), line
