@@ -52,7 +52,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's options, and the command after --."""
     parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__.split("\n")[0])
     parser.add_argument("--num_processes", type=int, default=2, help="processes to start")
-    parser.add_argument("--devices_per_process", type=int, default=0, help="simulated CPU devices of each; 0: as they are")
+    parser.add_argument(
+        "--devices_per_process", type=int, default=0, help="simulated CPU devices of each; 0: as they are"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]

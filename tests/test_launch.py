@@ -13,7 +13,11 @@ SHOW = "import os; print('I am', os.environ['JAX_PROCESS_ID'], 'of', os.environ[
 def launch(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
     command = ["--", sys.executable, "-c", code] if code else []
     return subprocess.run(
-        [sys.executable, "-m", "launch.local", *arguments, *command], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "launch.local", *arguments, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

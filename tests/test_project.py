@@ -15,7 +15,12 @@ from experiments.tokenizer import Config as TokenizerStage
 from jaxgpt.train.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = {"pretrain": TrainConfig, "tokenizer": TokenizerStage, "generate": GenerateConfig, "benchmark": BenchmarkConfig}
+STAGES = {
+    "pretrain": TrainConfig,
+    "tokenizer": TokenizerStage,
+    "generate": GenerateConfig,
+    "benchmark": BenchmarkConfig,
+}
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
     ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),

@@ -1,6 +1,5 @@
 """Causal attention within segments: one meaning, several kernels. Axis legend in jaxgpt/types.py."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,20 +62,31 @@ def choose_kernel(cfg: ModelConfig, dtype, places: Places) -> str:
 
 def _obstacle(kernel: str, cfg: ModelConfig, dtype, places: Places) -> str:
     """What keeps a kernel from being used, or the empty string."""
-    length = places.segments_BT.shape[-1]
     if kernel == "xla":
         return ""
     if not places.in_order:
         return "a key-value cache"
     if cfg.position == "alibi":
         return "model.position='alibi'"
+    length = places.segments_BT.shape[-1]
     if kernel == "splash":
         return f"sequences of {length} tokens (not a multiple of 128)" if length % 128 else ""
     if cfg.attention_softcap is not None:
         return "model.attention_softcap"
-    if dtype not in (jnp.bfloat16, jnp.float16):
+    if dtype != jnp.bfloat16:
         return "model.dtype='float32'"
+    if length % 2:
+        return f"sequences of {length} tokens (an odd number)"
+    if cfg.head_dim % 8 or cfg.head_dim > _cudnn_head_dim():
+        return f"model.head_dim={cfg.head_dim} (not a multiple of 8, or more than {_cudnn_head_dim()})"
     return ""
+
+
+def _cudnn_head_dim() -> int:
+    """The largest head dim of cuDNN's flash attention: 256 from Hopper on, 128 before it."""
+    if jax.default_backend() != "gpu":
+        return 128
+    return 256 if float(jax.local_devices()[0].compute_capability) >= 9 else 128
 
 
 def mask_BTS(places: Places, window: int | None) -> Array:
@@ -111,46 +121,58 @@ def _xla(q_BNTH, k_BKSH, v_BKSH, places, cfg, window):
 
 
 def _cudnn(q_BNTH, k_BKSH, v_BKSH, places, cfg, window):
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
-    mask = None if places.single else mask_BTS(places, None)[:, None]
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=True, scale=cfg.query_scale, implementation="cudnn",
-        local_window_size=None if window is None else (window - 1, 0),
-    )  # fmt: skip
-    return jnp.swapaxes(out, 1, 2)
+    def kernel(q_BNTH, k_BKSH, v_BKSH, segments_BT):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
+        mask = None if places.single else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=True, scale=cfg.query_scale, implementation="cudnn",
+            local_window_size=None if window is None else (window - 1, 0),
+        )  # fmt: skip
+        return jnp.swapaxes(out, 1, 2)
+
+    return _per_device(kernel, q_BNTH, k_BKSH, v_BKSH, places.segments_BT)
 
 
 def _splash(q_BNTH, k_BKSH, v_BKSH, places, cfg, window, *, interpret: bool = False):
     length = q_BNTH.shape[2]
+    shape = (length, length)
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    block = next(b for b in (512, 256, 128) if length % b == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
 
-    def on_one_device(q_BNTH, k_BKSH, v_BKSH, segments_BT):
-        shape = (length, length)
-        mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
-        block = next(b for b in (512, 256, 128) if length % b == 0)
-        names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-        blocks: dict[str, Any] = {f"block_{name}": block for name in names}
-        kernel = splash.make_splash_mha_single_device(
+    def kernel(q_BNTH, k_BKSH, v_BKSH, segments_BT):
+        row_kernel = splash.make_splash_mha_single_device(
             mask=splash.MultiHeadMask([mask] * q_BNTH.shape[1]),
             block_sizes=splash.BlockSizes(**blocks),
             attn_logits_soft_cap=cfg.attention_softcap,
             interpret=interpret,
         )
+        row = lambda q, k, v, segments_T: row_kernel(q, k, v, splash.SegmentIds(segments_T, segments_T))
+        return jax.vmap(row)(q_BNTH, k_BKSH, v_BKSH, segments_BT)
 
-        def row(q_NTH, k_KTH, v_KTH, segments_T):
-            return kernel(q_NTH, k_KTH, v_KTH, splash.SegmentIds(segments_T, segments_T))
-
-        q = (q_BNTH * cfg.query_scale).astype(q_BNTH.dtype)
-        return jax.vmap(row)(q, k_BKSH, v_BKSH, segments_BT)
-
-    heads, kv_heads = ("batch", "act_heads", None, None), ("batch", "act_kv_heads", None, None)
-    return partition.per_device(on_one_device, (heads, kv_heads, kv_heads, ("batch", None)), heads)(
-        q_BNTH, k_BKSH, v_BKSH, places.segments_BT
-    )
+    q_BNTH = (q_BNTH * cfg.query_scale).astype(q_BNTH.dtype)
+    return _per_device(kernel, q_BNTH, k_BKSH, v_BKSH, places.segments_BT)
 
 
-_KERNELS: dict[str, Callable[..., Array]] = {
-    "xla": _xla,
-    "cudnn": _cudnn,
-    "splash": _splash,
-    "splash_interpret": functools.partial(_splash, interpret=True),
-}
+def _per_device(kernel, q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, segments_BT: Array) -> Array:
+    """`kernel` on each device's rows and heads: the partitioner cannot see into it.
+
+    Queries travel grouped by their kv head, so that a device never gets queries without their keys: kv heads that the
+    mesh does not divide keep all heads whole. A single kv head goes to every device, and its queries are split.
+    """
+    batch, heads, length, head_dim = q_BNTH.shape
+    kv_heads = k_BKSH.shape[1]
+    q_BKGTH = q_BNTH.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+
+    def grouped(q_BKGTH, k_BKSH, v_BKSH, segments_BT):
+        out_BNTH = kernel(q_BKGTH.reshape(len(q_BKGTH), -1, length, head_dim), k_BKSH, v_BKSH, segments_BT)
+        return out_BNTH.reshape(q_BKGTH.shape)
+
+    q_names = ("batch", "act_kv_heads", "act_heads" if kv_heads == 1 else None, None, None)
+    kv_names = ("batch", "act_kv_heads", None, None)
+    split = partition.per_device(grouped, (q_names, kv_names, kv_names, ("batch", None)), q_names)
+    return split(q_BKGTH, k_BKSH, v_BKSH, segments_BT).reshape(q_BNTH.shape)
+
+
+_KERNELS: dict[str, Callable[..., Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}

@@ -63,6 +63,8 @@ class Checkpointer:
             self._root,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                best_fn=lambda metrics: metrics["eval/loss"],  # without it, orbax does not store metrics
+                best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=config.async_save,
             ),
@@ -78,14 +80,15 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float] | None) -> None:
         """Begin to save; returns once the state is copied. metrics: for keep_best, may be None."""
         self.wait()
-        saved = self._manager.save(
+        latest = self.latest_step()
+        if latest is not None and step <= latest:  # orbax would skip it without a word
+            raise RuntimeError(f"{self._root}: step {step} cannot be saved after step {latest}.")
+        self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
             metrics=metrics if metrics and "eval/loss" in metrics else None,
             force=True,
         )
-        if not saved:
-            raise RuntimeError(f"{self._root}: orbax did not save step {step}; there is a step {self.latest_step()}.")
         self._worker = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
         self._worker.start()
 
@@ -106,8 +109,7 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """The kept step with the lowest eval/loss, None if none has one."""
-        losses = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        return min((s for s in losses if losses[s]), key=lambda s: losses[s]["eval/loss"], default=None)
+        return self._manager.best_step()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict, int] | None:
         """The newest trusted (state, meta, step), laid out as `abstract` says, on whatever mesh; None if there is none."""

@@ -4,8 +4,15 @@ import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import partition, tree
+from jaxgpt.partition import MeshConfig
+from jaxgpt.train.load import load_model
 from tests.experiments.conftest import ROOT, command, environment
-from tests.experiments.test_pretrain import parameters, rows, wait_for_step
+from tests.experiments.test_pretrain import rows, wait_for_step
 
 JOB = ["-m", "launch.local", "--num_processes=2", "--devices_per_process=2", "--"]
 
@@ -14,7 +21,7 @@ def job(workdir, arguments) -> list[str]:
     return [sys.executable, *JOB, sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *arguments]
 
 
-def test_two_processes_equal_one_with_as_many_devices_also_after_a_kill(arguments, tmp_path):
+def test_two_processes_equal_one_with_as_many_devices_also_after_preemption(arguments, tmp_path):
     arguments = [*arguments, "--config.mesh.data=2", "--config.mesh.fsdp=2"]
     one = command("pretrain", f"--workdir={tmp_path}/one", *arguments, devices=4)
     assert one.returncode == 0, one.stderr
@@ -29,5 +36,9 @@ def test_two_processes_equal_one_with_as_many_devices_also_after_a_kill(argument
     done = subprocess.run(job(tmp_path / "two", arguments), cwd=ROOT, env=environment(), text=True, timeout=200,
                           capture_output=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert rows(tmp_path / "two") == rows(tmp_path / "one")
-    assert parameters(tmp_path / "two") == parameters(tmp_path / "one")
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)  # reductions between processes add in another order
+    mesh = partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    ours, theirs = (tree.named_leaves(load_model(str(tmp_path / name), mesh).params) for name in ("two", "one"))
+    for name, leaf in theirs.items():
+        np.testing.assert_allclose(ours[name], leaf, atol=1e-4, err_msg=name)

@@ -1,0 +1,63 @@
+"""The report of a run: complete, readable, and safe whatever the run left."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxgpt.reporting.plots import plot_curves, running_mean
+from jaxgpt.reporting.report import write_report
+
+ROWS = [
+    {"step": s, "train/loss": 5 * 0.99**s, "train/learning_rate": 1e-3, "train/grad_norm": 1.0}
+    | ({"eval/loss": 5.1 * 0.99**s} if s % 10 == 0 else {})
+    for s in range(0, 100, 2)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_full_run_is_shown_in_one_file(tmp_path):
+    write(tmp_path / "metrics.jsonl", ROWS)
+    write(tmp_path / "samples.jsonl", [{"step": 90, "prompt": "<b>&", "response": "<script>alert(1)</script>"}])
+    (tmp_path / "config.json").write_text(json.dumps({"num_train_steps": 98}))
+    manifest = {"stage": "pretrain", "reference_lines": {"uniform": 8.32}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    page = pathlib.Path(write_report(str(tmp_path))).read_text()
+    assert "finished at step 98 of 98" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "uniform" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"loss.png", "learning_rate.png", "grad_norm.png"}
+
+
+def test_an_interrupted_run_is_shown_without_its_half_line(tmp_path):
+    write(tmp_path / "metrics.jsonl", ROWS[:3])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "train/lo')
+    page = pathlib.Path(write_report(str(tmp_path))).read_text()
+    assert "unfinished at step 4" in page
+
+
+def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
+    assert "Nothing was logged yet" in pathlib.Path(write_report(str(tmp_path))).read_text()
+
+
+def test_plots_have_something_on_them(tmp_path):
+    from matplotlib.image import imread
+
+    for path in plot_curves(ROWS, str(tmp_path), {"unigram entropy": 4.0}):
+        image = imread(path)
+        assert image.shape[0] > 300
+        assert len(np.unique(image[..., 0])) > 10
+
+
+@pytest.mark.parametrize("width", [1, 3, 100])
+def test_the_running_mean_looks_back(width):
+    values = np.random.default_rng(0).normal(size=12)
+    expected = [values[max(0, i - width + 1) : i + 1].mean() for i in range(12)]
+    np.testing.assert_allclose(running_mean(list(values), width), expected, rtol=1e-12)

@@ -1,0 +1,90 @@
+"""The files of a workdir, and what a kill may do to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.workdir import JsonLog, StopSignal
+
+HOLD = """import sys, time
+from jaxgpt.train.workdir import lock
+with lock(sys.argv[1]):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_holder_is_refused_until_the_first_is_killed(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(ValueError, match=rf"{tmp_path} is in use by another run \(process {holder.pid} on"),
+        workdirs.lock(str(tmp_path)),
+    ):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with workdirs.lock(str(tmp_path)):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_rows_after_the_restored_step_and_half_a_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLog(str(path))
+    for step in (2, 4, 6):
+        log.append(step, {"train/loss": 1 / 3 + step})
+    with open(path, "a") as file:
+        file.write('{"step": 8, "tr')
+    log = JsonLog(str(path))
+    log.truncate_after(4)
+    log.append(5, {"train/loss": 0.1})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [
+        {"step": 2, "train/loss": 1 / 3 + 2},
+        {"step": 4, "train/loss": 1 / 3 + 4},
+        {"step": 5, "train/loss": 0.1},
+    ]
+    with pytest.raises(RuntimeError, match="step 5 after step 5"):
+        log.append(5, {"train/loss": 0.1})
+
+
+def test_a_changed_field_is_named_and_a_free_one_is_not(tmp_path):
+    config = {"seed": 1, "model": {"width": 8}, "mesh": {"data": 2}, "pattern": ("a", "b")}
+    workdirs.check_same(str(tmp_path), config)  # a new workdir
+    workdirs.write_config(str(tmp_path), config)
+    workdirs.check_same(str(tmp_path), config | {"mesh": {"data": 4}}, ignore=("mesh",))
+    with pytest.raises(ValueError, match=r"model\.width=9 differs from 8"):
+        workdirs.check_same(str(tmp_path), config | {"model": {"width": 9}}, ignore=("mesh",))
+    with pytest.raises(ValueError, match=r"mesh\.data=4 differs from 2"):
+        workdirs.check_same(str(tmp_path), config | {"mesh": {"data": 4}})
+
+
+def test_the_manifest_says_versions_and_its_digest_sees_content_not_format(tmp_path):
+    import jax
+
+    manifest = workdirs.base_manifest(stage="pretrain", vocab_size=5)
+    assert manifest["versions"]["jax"] == jax.__version__
+    workdirs.write_manifest(str(tmp_path), manifest)
+    read = workdirs.read_manifest(str(tmp_path))
+    assert read == manifest
+    digest = workdirs.manifest_digest(manifest)
+    assert digest == workdirs.manifest_digest(dict(reversed(read.items())))
+    assert digest != workdirs.manifest_digest(manifest | {"vocab_size": 6})
+    assert workdirs.read_manifest(str(tmp_path / "nowhere")) is None
+
+
+def test_a_first_signal_asks_and_the_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.should_stop(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.should_stop(2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
