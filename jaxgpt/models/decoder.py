@@ -178,9 +178,10 @@ def hidden_states(
 def init_cache(cfg: ModelConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` slots per row."""
     shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
-    empty = jnp.zeros((batch, length), jnp.int32)
-    zeros = jnp.zeros(shape, compute_dtype(cfg))
-    return KVCache(zeros, zeros, empty, empty, jnp.zeros((batch,), jnp.int32))
+    # Every leaf has a buffer of its own, so that a cache may be donated.
+    zeros = lambda: jnp.zeros(shape, compute_dtype(cfg))
+    empty = lambda: jnp.zeros((batch, length), jnp.int32)
+    return KVCache(zeros(), zeros(), empty(), empty(), jnp.zeros((batch,), jnp.int32))
 
 
 def decode(

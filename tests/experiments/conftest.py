@@ -51,12 +51,20 @@ def tokenizer(corpus, tmp_path_factory) -> str:
 def arguments(corpus, tokenizer) -> list[str]:
     """Flags of a pretraining run of 12 steps that takes seconds."""
     fields = {
-        "data.train": corpus, "data.text_separator": "\\n\\n", "data.tokenizer": tokenizer,
+        "data.train": corpus, "data.text_separator": "\n\n", "data.tokenizer": tokenizer,
         "data.sequence_length": 32, "data.packing": "best_fit", "data.holdout.fraction": 0.1, "data.eval_batches": 2,
         "model.num_layers": 1, "model.embed_dim": 16, "model.num_heads": 2, "model.mlp_dim": 32,
         "model.max_seq_length": 64, "batch_size": 8, "num_train_steps": 12, "log_interval_steps": 2,
         "eval_interval_steps": 6, "checkpoint.save_interval_steps": 4, "checkpoint.max_to_keep": 3,
         "optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 2, "model.dropout": 0.1,
     }  # fmt: skip
-    fields["data.text_separator"] = "\n\n"
     return ["--config=configs/pretrain.py:tiny", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+@pytest.fixture(scope="session")
+def finished(arguments, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = command("pretrain", f"--workdir={workdir}", *arguments, "--config.samples.prompts=Ann,Bob likes",
+                   "--config.samples.max_new_tokens=8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir, done

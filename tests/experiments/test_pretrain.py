@@ -31,15 +31,6 @@ def parameters(workdir) -> str:
     return tree.digest(load_model(str(workdir), partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])).params)
 
 
-@pytest.fixture(scope="session")
-def finished(arguments, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = command("pretrain", f"--workdir={workdir}", *arguments, "--config.samples.prompts=Ann,Bob likes",
-                   "--config.samples.max_new_tokens=8")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return workdir, done
-
-
 def test_a_run_learns_and_leaves_what_the_contract_says(finished):
     workdir, done = finished
     assert "Finished at step 12" in done.stdout
