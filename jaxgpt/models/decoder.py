@@ -5,6 +5,7 @@ blocks' parameters are stacked ([L, ...]) whether the layers are scanned or unro
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -46,19 +47,23 @@ class KVCache(struct.PyTreeNode):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its residual connection. Returns the new x and this layer's (k, v)."""
+    """One layer: attention and MLP, each with its residual connection.
+
+    store: (k, v of the new tokens) -> (the cache with them, k, v of all its slots), or None without a cache. Returns x and
+      what store made of the cache.
+    """
 
     cfg: ModelConfig
     window: int | None
 
     @nn.compact
-    def __call__(self, x_BTD, places: Places, rope, write: Callable | None, cached, dropout_rng):
+    def __call__(self, x_BTD, places: Places, rope, store: Callable | None, dropout_rng):
         cfg = self.cfg
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-        out, kv = self.self_attention(self.before("attention_norm", x_BTD), places, rope, write, cached)
+        out, stored = self.self_attention(self.before("attention_norm", x_BTD), places, rope, store)
         x_BTD = self.residual("attention", x_BTD, out, rngs[0])
         out = MLP(cfg, name="mlp")(self.before("mlp_norm", x_BTD))
-        return self.residual("mlp", x_BTD, out, rngs[1]), kv
+        return self.residual("mlp", x_BTD, out, rngs[1]), stored
 
     def before(self, name: str, x_BTD: Array) -> Array:
         return x_BTD if self.cfg.norm_position == "post" else make_norm(self.cfg, name)(x_BTD)
@@ -71,7 +76,7 @@ class Block(nn.Module):
             x_BTD = make_norm(self.cfg, f"{name}_norm")(x_BTD)
         return shard(x_BTD, "batch", "length", "act_embed")
 
-    def self_attention(self, x_BTD, places, rope, write, cached):
+    def self_attention(self, x_BTD, places, rope, store):
         cfg, dtype, dim, head_dim = self.cfg, x_BTD.dtype, self.cfg.embed_dim, self.cfg.head_dim
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -88,14 +93,13 @@ class Block(nn.Module):
             k_BKTH = Norm("rmsnorm", cfg.norm_eps, cfg.norm_scale_offset, name="key_norm")(k_BKTH)
         if rope is not None:
             q_BNTH, k_BKTH = apply_rope(q_BNTH, rope), apply_rope(k_BKTH, rope)
-        if write is not None:
-            k_BKTH, v_BKTH = write(cached[0], k_BKTH), write(cached[1], v_BKTH)
-        out_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, places, cfg, self.window)
+        stored, k_BKSH, v_BKSH = (None, k_BKTH, v_BKTH) if store is None else store(k_BKTH, v_BKTH)
+        out_BNTH = attention(q_BNTH, k_BKSH, v_BKSH, places, cfg, self.window)
         out_BNTH = shard(out_BNTH, "batch", "act_heads", "length", None)
         std = kernel_std(cfg, cfg.num_heads * head_dim, residual=True)
         out = Einsum("BNTH,NHD->BTD", (cfg.num_heads, head_dim, dim), ("heads", "head_dim", "embed"), std, dtype,
                      (2,) if cfg.attention_out_bias else None, (dim,), name="out")  # fmt: skip
-        return out(out_BNTH), (k_BKTH, v_BKTH)
+        return out(out_BNTH), stored
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:
@@ -130,7 +134,7 @@ def init_params(cfg: ModelConfig, rng: Array) -> Params:
     one = jnp.zeros((1, 1), jnp.int32)
     x, places = jnp.zeros((1, 1, dim), compute_dtype(cfg)), Places(one, one, one, one, True, True)
     block = Block(_plain_attention(cfg), None)
-    stacked = jax.vmap(lambda rng: block.init(rng, x, places, None, None, None, None)["params"])(
+    stacked = jax.vmap(lambda rng: block.init(rng, x, places, None, None, None)["params"])(
         jax.random.split(rngs["layers"], cfg.num_layers)
     )
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -179,7 +183,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` slots per row."""
     shape = (cfg.num_layers, batch, cfg.num_kv_heads, length, cfg.head_dim)
     # Every leaf has a buffer of its own, so that a cache may be donated.
-    zeros = lambda: jnp.zeros(shape, compute_dtype(cfg))
+    zeros = lambda: shard(jnp.zeros(shape, compute_dtype(cfg)), "layers", "batch", "act_kv_heads", None, None)
     empty = lambda: jnp.zeros((batch, length), jnp.int32)
     return KVCache(zeros(), zeros(), empty(), empty(), jnp.zeros((batch,), jnp.int32))
 
@@ -193,15 +197,36 @@ def decode(
     never seen. Serves prefill (T = prompt length) and one-token steps alike.
     """
 
-    def write(old: Array, new: Array) -> Array:  # [B, ..., S, ...] <- [B, ..., T, ...] along the slot axis
-        axis = 0 if old.ndim == 2 else 1  # of one row: [S] or [K, S, H]
-        update = lambda o, n, i: jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), i, axis)
-        return jax.vmap(update)(old, new, cache.index_B)
-
-    segments_BS, positions_BS = write(cache.segments_BS, segments_BT), write(cache.positions_BS, positions_BT)
+    put = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (i,)))
+    segments_BS = put(cache.segments_BS, segments_BT, cache.index_B)
+    positions_BS = put(cache.positions_BS, positions_BT, cache.index_B)
     places = Places(segments_BT, positions_BT, segments_BS, positions_BS, in_order=False, single=False)
-    x_BTD, (k, v) = _trunk(cfg, params, tokens_BT, places, write=write, cached=(cache.k_LBKSH, cache.v_LBKSH))
+
+    def store(kv, layer, *new):
+        kv = tuple(_put_layer(old, n, layer, cache.index_B) for old, n in zip(kv, new, strict=True))
+        return kv, *(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
+
+    x_BTD, (k, v) = _trunk(cfg, params, tokens_BT, places, kv=(cache.k_LBKSH, cache.v_LBKSH), store=store)
     return x_BTD, KVCache(k, v, positions_BS, segments_BS, cache.index_B + tokens_BT.shape[1])
+
+
+def _put_layer(old_LBKSH: Array, new_BKTH: Array, layer: Array | int, index_B: Array) -> Array:
+    """The stacked cache with new_BKTH in one layer's slots index_B, index_B + 1, ... of each row.
+
+    One scatter on the whole array: XLA does it in place where the cache is carried by a loop or donated, while taking
+    the layer out and putting it back would copy the cache at every token.
+    """
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 3),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    indices = jnp.stack([jnp.full_like(index_B, layer), index_B], axis=-1)
+    return jax.lax.scatter(
+        old_LBKSH, indices, new_BKTH.astype(old_LBKSH.dtype), numbers, unique_indices=True, mode="clip"
+    )
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Params:
@@ -253,8 +278,11 @@ def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array, positions_BT: Arr
     return shard(x_BTD, "batch", "length", "act_embed")
 
 
-def _trunk(cfg, params, tokens_BT, places: Places, *, write=None, cached=None, dropout_rng=None):
-    """Embedding, blocks and final norm: (x_BTD, stacked (k, v) of every layer where there is a cache)."""
+def _trunk(cfg, params, tokens_BT, places: Places, *, kv=None, store=None, dropout_rng=None):
+    """Embedding, blocks and final norm: (x_BTD, kv).
+
+    kv: the cache's stacked keys and values. store: (kv, layer, k, v) -> (kv with them, k and v of the layer's slots).
+    """
     with jax.named_scope("embed"):
         x_BTD = _embed(cfg, params, tokens_BT, places.positions_BT)
     rngs = None
@@ -267,44 +295,41 @@ def _trunk(cfg, params, tokens_BT, places: Places, *, write=None, cached=None, d
     def make_layer(kind: str):
         block = Block(cfg, cfg.sliding_window if kind == "local" else None)
 
-        def layer(x_BTD, inputs):
-            params, cached, rng = inputs
-            x_BTD, kv = block.apply({"params": params}, x_BTD, places, rope, write, cached, rng)
-            return x_BTD, (kv if write is not None else None)
+        def layer(carry, inputs, index):
+            x_BTD, kv = carry
+            params, rng = inputs
+            store_here = None if store is None else functools.partial(store, kv, index)
+            return block.apply({"params": params}, x_BTD, places, rope, store_here, rng)
 
-        return layer if write is not None else _remat(cfg, layer)
+        return layer if store is not None else _remat(cfg, layer)
 
     layers = [make_layer(kind) for kind in (cfg.window_pattern if cfg.sliding_window is not None else ("global",))]
     with jax.named_scope("layers"):
-        x_BTD, kv = _stack(cfg, layers, x_BTD, (params["layers"], cached, rngs))
+        x_BTD, kv = _stack(cfg, layers, (x_BTD, kv), (params["layers"], rngs))
     if cfg.norm_position != "post":
         norm: Callable = make_norm(cfg, "final_norm").apply
         x_BTD = norm({"params": params["final_norm"]}, x_BTD)
     return x_BTD, kv
 
 
-def _stack(cfg: ModelConfig, layers: list[Callable], x_BTD: Array, inputs: Any) -> tuple[Array, Any]:
+def _stack(cfg: ModelConfig, layers: list[Callable], carry: Any, inputs: Any) -> Any:
     """Apply `layers` in turn, repeated over the L stacked inputs: one lax.scan, or a Python loop over slices."""
     if _is_scanned(cfg):
-        grouped = jax.tree.map(lambda p: p.reshape(-1, len(layers), *p.shape[1:]), inputs)
+        numbered = (inputs, jnp.arange(cfg.num_layers))
+        grouped = jax.tree.map(lambda p: p.reshape(-1, len(layers), *p.shape[1:]), numbered)
 
-        def group(x_BTD, group_inputs):
-            outputs = []
+        def group(carry, group_inputs):
             for i, layer in enumerate(layers):
-                x_BTD, out = layer(x_BTD, jax.tree.map(lambda p, i=i: p[i], group_inputs))
-                outputs.append(out)
-            return x_BTD, jax.tree.map(lambda *o: jnp.stack(o), *outputs)
+                carry = layer(carry, *jax.tree.map(lambda p, i=i: p[i], group_inputs))
+            return carry, None
 
-        x_BTD, outputs = jax.lax.scan(group, x_BTD, grouped)
-        return x_BTD, jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), outputs)
+        return jax.lax.scan(group, carry, grouped)[0]
     # split, not p[i]: its transpose is one concatenation, that of indexing a sum of L padded arrays.
     leaves, structure = jax.tree.flatten(inputs)
     slices = [[p[0] for p in jnp.split(leaf, cfg.num_layers)] for leaf in leaves]
-    outputs = []
     for i in range(cfg.num_layers):
-        x_BTD, out = layers[i % len(layers)](x_BTD, jax.tree.unflatten(structure, [s[i] for s in slices]))
-        outputs.append(out)
-    return x_BTD, jax.tree.map(lambda *o: jnp.stack(o), *outputs)
+        carry = layers[i % len(layers)](carry, jax.tree.unflatten(structure, [s[i] for s in slices]), i)
+    return carry
 
 
 def _is_scanned(cfg: ModelConfig) -> bool:
