@@ -196,7 +196,6 @@ def decode(
     Each row's tokens go to its slots index_B, index_B + 1, ...; padding (segment 0), left or right, takes slots but is
     never seen. Serves prefill (T = prompt length) and one-token steps alike.
     """
-
     put = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (i,)))
     segments_BS = put(cache.segments_BS, segments_BT, cache.index_B)
     positions_BS = put(cache.positions_BS, positions_BT, cache.index_B)
