@@ -34,10 +34,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
+# One program each instead of hundreds of small ones.
+init_params = jax.jit(lambda cfg, rng: partition.unbox(decoder.init_params(cfg, rng)), static_argnums=0)
+forward = jax.jit(decoder.forward, static_argnums=0)
+hidden_states = jax.jit(decoder.hidden_states, static_argnums=0)
+decode = jax.jit(decoder.decode, static_argnums=0)
+
+
 def make(options: dict, seed: int = 0):
     """A config and parameters that are random everywhere, norms and biases included."""
     cfg = ModelConfig(**{**SMALL, **options})
-    params = partition.unbox(decoder.init_params(cfg, jax.random.key(seed)))
+    params = init_params(cfg, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return cfg, jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape) * 0.3, jnp.float32), params)
 
@@ -52,33 +59,28 @@ TOKENS = np.random.default_rng(1).integers(0, V, (2, T)).astype(np.int32)
 
 def test_logits_equal_the_float64_reference(model):
     cfg, params = model
-    ours = jax.jit(lambda p, t: decoder.forward(cfg, p, t))(params, TOKENS)
-    for row, tokens in zip(ours, TOKENS, strict=True):
+    for row, tokens in zip(forward(cfg, params, TOKENS), TOKENS, strict=True):
         np.testing.assert_allclose(row, reference.forward(params, tokens, cfg), rtol=2e-4, atol=2e-4)
 
 
 def test_decoding_with_the_cache_equals_the_full_forward(model):
     """Prefill of ragged prompts, one left- and one right-padded, then single tokens."""
     cfg, params = model
-    full = decoder.forward(cfg, params, TOKENS)
-    step = jax.jit(lambda p, t, s, q, c: decoder.decode(cfg, p, t, s, q, c))
+    full = forward(cfg, params, TOKENS)
     prompts = np.array([[0, 0, *TOKENS[0, :3]], [*TOKENS[1, :4], 0]], np.int32)
     segments = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], np.int32)
     positions = np.array([[0, 0, 0, 1, 2], [0, 1, 2, 3, 0]], np.int32)
-    x, cache = step(params, prompts, segments, positions, decoder.init_cache(cfg, 2, 12))
+    x, cache = decode(cfg, params, prompts, segments, positions, decoder.init_cache(cfg, 2, 12))
     head = decoder.head_params(cfg, params)
     got = decoder.logits(cfg, head, x)
     np.testing.assert_allclose(got[0, 2:], full[0, :3], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got[1, :4], full[1, :4], rtol=1e-4, atol=1e-4)
     for i in range(3):
-        at = np.array([[3 + i], [4 + i]], np.int32) if i < 3 else None
-        at = np.minimum(at, T - 1)
+        at = np.array([[3 + i], [4 + i]], np.int32)
         tokens = np.take_along_axis(TOKENS, at, axis=1)
-        x, cache = step(params, tokens, np.ones((2, 1), np.int32), at, cache)
-        got = decoder.logits(cfg, head, x)[:, 0]
-        for row in range(2):
-            if 4 - (row == 0) + i < T:
-                np.testing.assert_allclose(got[row], full[row, at[row, 0]], rtol=1e-4, atol=1e-4)
+        x, cache = decode(cfg, params, tokens, np.ones((2, 1), np.int32), at, cache)
+        expected = np.take_along_axis(full, at[..., None], axis=1)
+        np.testing.assert_allclose(decoder.logits(cfg, head, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def sensitivity(cfg, params, segments=None, positions=None):
@@ -89,7 +91,7 @@ def sensitivity(cfg, params, segments=None, positions=None):
         moved = tree.merge({k: v for k, v in params.items() if k != "embedder"}, {"embedder": {"embedding": table}})
         return decoder.hidden_states(cfg, moved, tokens, segments, positions)[0]
 
-    jacobian = jax.jacrev(hidden)(params["embedder"]["embedding"])  # [T, D, V, D]
+    jacobian = jax.jit(jax.jacrev(hidden))(params["embedder"]["embedding"])  # [T, D, V, D]
     return np.abs(np.asarray(jacobian)).sum((1, 3))[:, :T]
 
 
@@ -122,10 +124,10 @@ def test_packed_padded_and_plain_rows_give_the_same_numbers(model):
     a, b = TOKENS[0, :3], TOKENS[1, :4]
     packed = np.concatenate([b, a, [0, 0]])[None]
     left = np.concatenate([[0, 0], a])[None]
-    forward = lambda t, s, p: decoder.forward(cfg, params, t, np.array([s], np.int32), np.array([p], np.int32))[0]
-    alone = decoder.forward(cfg, params, a[None])[0]
-    in_pack = forward(packed, [1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 1, 2, 3, 0, 1, 2, 0, 0])
-    in_left = forward(left, [0, 0, 1, 1, 1], [0, 0, 0, 1, 2])
+    places = lambda *rows: (np.array([row], np.int32) for row in rows)
+    alone = forward(cfg, params, a[None])[0]
+    in_pack = forward(cfg, params, packed, *places([1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 1, 2, 3, 0, 1, 2, 0, 0]))[0]
+    in_left = forward(cfg, params, left, *places([0, 0, 1, 1, 1], [0, 0, 0, 1, 2]))[0]
     np.testing.assert_allclose(in_pack[4:7], alone, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(in_left[2:], alone, rtol=1e-4, atol=1e-5)
     assert np.all(np.isfinite(in_pack))
@@ -150,8 +152,8 @@ def test_a_cached_step_may_be_scanned():
     scanned = dataclasses.replace(cfg, scan_layers=True)
     one = np.ones((2, T), np.int32)
     places = np.tile(np.arange(T, dtype=np.int32), (2, 1))
-    x, cache = decoder.decode(cfg, params, TOKENS, one, places, decoder.init_cache(cfg, 2, 9))
-    y, other = decoder.decode(scanned, params, TOKENS, one, places, decoder.init_cache(cfg, 2, 9))
+    x, cache = decode(cfg, params, TOKENS, one, places, decoder.init_cache(cfg, 2, 9))
+    y, other = decode(scanned, params, TOKENS, one, places, decoder.init_cache(cfg, 2, 9))
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(cache.k_LBKSH, other.k_LBKSH, rtol=1e-5, atol=1e-5)
 
@@ -159,7 +161,7 @@ def test_a_cached_step_may_be_scanned():
 def test_gradients_through_padding_are_finite(model):
     cfg, params = model
     segments = np.array([[0] * T, [0, 1, 1, 1, 0, 0, 0]], np.int32)
-    gradient = jax.grad(lambda p: jnp.sum(decoder.forward(cfg, p, TOKENS, segments) ** 2))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(decoder.forward(cfg, p, TOKENS, segments) ** 2)))(params)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
 
 
@@ -170,29 +172,29 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.7], rtol=1e-6)
     assert abs(dropped.mean() - 1) < 5 * np.sqrt(0.3 / 0.7 / x.size)
     cfg, params = make({"dropout": 0.5})
-    plain = decoder.hidden_states(cfg, params, TOKENS)
-    np.testing.assert_array_equal(plain, decoder.hidden_states(dataclasses.replace(cfg, dropout=0.0), params, TOKENS))
-    noisy = decoder.hidden_states(cfg, params, TOKENS, dropout_rng=jax.random.key(1))
+    plain = hidden_states(cfg, params, TOKENS)
+    np.testing.assert_array_equal(plain, hidden_states(dataclasses.replace(cfg, dropout=0.0), params, TOKENS))
+    noisy = hidden_states(cfg, params, TOKENS, dropout_rng=jax.random.key(1))
     assert np.abs(noisy - plain).max() > 0.1
 
 
 def test_initial_standard_deviations_are_the_documented_ones():
     cfg = ModelConfig(vocab_size=500, num_layers=4, embed_dim=96, num_heads=4, mlp_dim=400, head="scalar", init="gpt2")
-    params = partition.unbox(decoder.init_params(cfg, jax.random.key(0)))
+    params = init_params(cfg, jax.random.key(0))
     std = lambda leaf: float(jnp.std(leaf))
     assert std(params["embedder"]["embedding"]) == pytest.approx(0.02, rel=0.03)
     assert std(params["layers"]["query"]["kernel"]) == pytest.approx(0.02, rel=0.03)
     assert std(params["layers"]["out"]["kernel"]) == pytest.approx(0.02 / np.sqrt(8), rel=0.03)
     assert std(params["layers"]["mlp"]["down"]["kernel"]) == pytest.approx(0.02 / np.sqrt(8), rel=0.03)
     assert std(params["head"]["kernel"]) == pytest.approx(1 / np.sqrt(97), rel=0.25)
-    fan_in = partition.unbox(decoder.init_params(dataclasses.replace(cfg, init="fan_in"), jax.random.key(0)))
+    fan_in = init_params(dataclasses.replace(cfg, init="fan_in"), jax.random.key(0))
     assert std(fan_in["layers"]["query"]["kernel"]) == pytest.approx(1 / np.sqrt(96), rel=0.03)
     assert std(fan_in["layers"]["mlp"]["down"]["kernel"]) == pytest.approx(1 / np.sqrt(400 * 8), rel=0.03)
 
 
 def test_the_scalar_head_is_a_linear_read_of_the_hidden_state():
     cfg, params = make({"head": "scalar"})
-    x = decoder.hidden_states(cfg, params, TOKENS)
+    x = hidden_states(cfg, params, TOKENS)
     expected = np.asarray(x, np.float64) @ np.asarray(params["head"]["kernel"])[:, 0] + params["head"]["bias"][0]
     np.testing.assert_allclose(decoder.values(cfg, params, x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="model.head='lm'"):
