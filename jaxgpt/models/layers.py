@@ -49,13 +49,26 @@ class Einsum(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
         kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
-        out = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        out = _einsum(self.equation, x, kernel.astype(self.dtype))
         if self.bias_axes is not None:
             names = tuple(self.names[i] for i in self.bias_axes)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
             bias: Any = self.param("bias", zeros, tuple(self.shape[i] for i in self.bias_axes), jnp.float32)
             out = out + bias.astype(self.dtype).reshape(self.bias_shape)
         return out
+
+
+def _einsum(equation: str, x: Array, kernel: Array) -> Array:
+    """jnp.einsum; on CPU with B and T merged where input and output both lead with them.
+
+    XLA's CPU backend computes the kernel's gradient of the three-axis form from transposed copies of the activations
+    that it fuses with what made them: 50 ms where the merged form takes 11 (16 x 256 tokens, 256 -> 768).
+    """
+    left, right = equation.split("->")
+    if jax.default_backend() == "cpu" and left.startswith("BT") and right.startswith("BT"):
+        out = jnp.einsum(equation.replace("BT", "X"), x.reshape(-1, *x.shape[2:]), kernel)
+        return out.reshape(*x.shape[:2], *out.shape[1:])
+    return jnp.einsum(equation, x, kernel)
 
 
 class Norm(nn.Module):
