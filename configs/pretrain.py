@@ -74,15 +74,15 @@ def _shakespeare_char():
 
 def _quickstart():
     return {
-        "model": models.model_config("tiny") | {"num_layers": 4, "embed_dim": 256, "num_heads": 4, "mlp_dim": 768},
-        "data": {"sequence_length": 256, "packing": "best_fit"},
-        "batch_size": 16,
+        "model": models.model_config("tiny"),
+        "data": {"sequence_length": 128, "packing": "best_fit"},
+        "batch_size": 8,
         "num_train_steps": 700,
         "log_interval_steps": 10,
         "eval_interval_steps": 100,
         "optimizer": {
             "name": "muon",
-            "learning_rate": 4e-3,
+            "learning_rate": 6e-3,
             "schedule": "wsd",
             "decay_fraction": 0.4,
             "warmup_steps": 20,

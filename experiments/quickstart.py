@@ -19,7 +19,7 @@ from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything goes.")
 _STEPS = flags.DEFINE_integer("num_train_steps", 0, "Updates of pretraining; 0 keeps the config's number.")
-_MAX_BYTES = flags.DEFINE_integer("max_bytes", 12_000_000, "Size of the corpus, in bytes of text.")
+_MAX_BYTES = flags.DEFINE_integer("max_bytes", 6_000_000, "Size of the corpus, in bytes of text.")
 
 
 def main(_) -> None:
@@ -31,7 +31,7 @@ def main(_) -> None:
         print(f"\n== Corpus: the standard library of Python {sys.version.split()[0]} -> {corpus}")
         print(write_stdlib_corpus(corpus, max_bytes=_MAX_BYTES.value))
     stage(
-        "Tokenizer: byte-pair encoding, 4096 pieces",
+        "Tokenizer: byte-pair encoding, 2048 pieces",
         "tokenizer", "--config=configs/tokenizer.py:quickstart", f"--workdir={tokenizer}",
         f"--config.data.train={corpus}",
     )  # fmt: skip

@@ -63,7 +63,8 @@ class Checkpointer:
             self._root,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                best_fn=lambda metrics: metrics["eval/loss"],  # without it, orbax does not store metrics
+                # Without best_fn orbax stores no metrics; with it, it warns of every step that has none.
+                best_fn=(lambda metrics: metrics["eval/loss"]) if config.keep_best else None,
                 best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=config.async_save,
@@ -130,20 +131,16 @@ def restore_params(root: str, abstract: Params) -> Params:
     good = [step for step in _steps(root) if _damage(root, step) is None]
     if not good:
         raise ValueError(f"{root} holds no checkpoint that can be trusted.")
-    path = os.path.join(root, str(good[-1]), "state")
-    with ocp.PyTreeCheckpointer() as reader:
-        stored = {name: leaf for name, leaf in reader.metadata(path).item_metadata.tree.items() if name == "params"}
-        _check_shapes(stored["params"], abstract, path)
+    path = os.path.join(root, str(good[-1]))
+    json_handlers = {name: ocp.JsonCheckpointHandler() for name in ("meta", "metrics")}
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), **json_handlers)
+    with ocp.Checkpointer(handler) as reader:
+        _check_shapes(reader.metadata(path).item_metadata["state"].tree["params"], abstract, path)
         target = {"params": abstract}
-        restored = reader.restore(
-            path,
-            args=ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True,
-            ),
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-    return restored["params"]
+        return reader.restore(path, args=ocp.args.Composite(state=arguments))["state"]["params"]
 
 
 def _check_shapes(stored: Any, abstract: Params, path: str) -> None:
