@@ -52,7 +52,8 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
         make_next_token(train.model, train.loss), optimizer, mesh, DEFAULT_RULES,
         shardings=shardings, accum=train.gradient_accumulation_steps,
     )  # fmt: skip
-    batch = partition.to_global(random_batch(train), mesh, train.batch_size)
+    rows = partition.local_rows(mesh, train.batch_size)
+    batch = partition.to_global(jax.tree.map(lambda x: x[rows], random_batch(train)), mesh, train.batch_size)
 
     started = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
@@ -73,7 +74,7 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
     dtype = decoder.compute_dtype(train.model)
     measured = matmul_flops(dtype)
     published = peak_flops(jax.devices()[0])
-    rows = [
+    table = [
         ("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"),
         ("model", f"{parameters:,} parameters, {jnp.dtype(dtype).name}, {tokens:,} tokens per step"),
         ("step time", f"{statistics.median(seconds):.4f} s (min {min(seconds):.4f}, max {max(seconds):.4f})"),
@@ -85,13 +86,13 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
         ("compile time", f"{compile_seconds:.1f} s"),
         *memory_rows(compiled),
     ]
-    for name, value in rows:
+    for name, value in table:
         print(f"{name:<28} {value}")
 
 
 def random_batch(config: TrainConfig) -> LMBatch:
-    """This process's rows of a batch of random tokens, one full segment per row."""
-    rows, length = config.batch_size // jax.process_count(), config.data.sequence_length
+    """A global batch of random tokens, one full segment per row."""
+    rows, length = config.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
     return LMBatch(
         tokens_BT=tokens[:, :-1],

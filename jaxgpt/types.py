@@ -4,7 +4,7 @@ Axis legend (shape suffixes of names throughout the library):
 
   B batch    T time (query)    S key / cache    P prompt    R response (S = P + R)
   V vocab    D model    N query heads    K kv heads    G = N // K    H head dim    F mlp
-  L layers   Z LoRA rank
+  L layers   Z LoRA rank   C candidates (responses to one prompt)
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,23 @@ class LMBatch(struct.PyTreeNode):
     weights_BT: Array
     segments_BT: Array
     positions_BT: Array
+
+
+class PairBatch(struct.PyTreeNode):
+    """Ranked responses: each row holds C candidates for one prompt (two for pairs), each prompt + response, right-padded.
+
+    tokens_BCT, targets_BCT: i32, targets shifted by the data pipeline. weights_BCT: f32; 1 where the target belongs to
+    the response (its end included). segments_BCT: i32; 1 on real tokens, 0 on padding.
+    ranks_BC: i32; 0 is the best, equal ranks tie, -1 is no candidate at all.
+    margins_B: f32; how much better the better one is said to be, 0 where nothing is said.
+    """
+
+    tokens_BCT: Array
+    targets_BCT: Array
+    weights_BCT: Array
+    segments_BCT: Array
+    ranks_BC: Array
+    margins_B: Array
 
 
 class TrainState(struct.PyTreeNode):
