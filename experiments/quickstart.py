@@ -7,35 +7,30 @@ library, read by ast without importing anything. Each stage is the ordinary comm
 can be copied. Exits with an error if the model did not learn. Run again, it resumes or says that it is finished.
 """
 
+import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
 
-from absl import app, flags
-
 from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything goes.")
-_STEPS = flags.DEFINE_integer("num_train_steps", 0, "Updates of pretraining; 0 keeps the config's number.")
-_MAX_BYTES = flags.DEFINE_integer("max_bytes", 6_000_000, "Size of the corpus, in bytes of text.")
 
-
-def main(_) -> None:
+def main(flags: argparse.Namespace) -> None:
     """Run the stages one after the other."""
-    root = _WORKDIR.value
+    root = flags.workdir
     corpus, tokenizer, model = (os.path.join(root, name) for name in ("corpus.jsonl", "tokenizer", "pretrain"))
     os.makedirs(root, exist_ok=True)
     if not os.path.exists(corpus):
         print(f"\n== Corpus: the standard library of Python {sys.version.split()[0]} -> {corpus}")
-        print(write_stdlib_corpus(corpus, max_bytes=_MAX_BYTES.value))
+        print(write_stdlib_corpus(corpus, max_bytes=flags.max_bytes))
     stage(
         "Tokenizer: byte-pair encoding, 2048 pieces",
         "tokenizer", "--config=configs/tokenizer.py:quickstart", f"--workdir={tokenizer}",
         f"--config.data.train={corpus}",
     )  # fmt: skip
-    steps = [f"--config.num_train_steps={_STEPS.value}"] if _STEPS.value else []
+    steps = [f"--config.num_train_steps={flags.num_train_steps}"] if flags.num_train_steps else []
     stage(
         "Pretraining: next-token prediction",
         "pretrain", "--config=configs/pretrain.py:quickstart", f"--workdir={model}", f"--config.data.train={corpus}",
@@ -76,4 +71,8 @@ def judge(model: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/quickstart", help="where everything goes")
+    parser.add_argument("--num_train_steps", type=int, default=0, help="of pretraining; 0 keeps the config's number")
+    parser.add_argument("--max_bytes", type=int, default=6_000_000, help="size of the corpus, in bytes of text")
+    main(parser.parse_args())

@@ -1,7 +1,7 @@
 """Pytrees by path: names, split and merge by predicate, counts, norms, digests."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,16 +21,23 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def from_named(leaves: Mapping[str, Any]) -> dict:
+    """The nested dict whose `named_leaves` these are."""
+    out: dict = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = out
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return out
+
+
 def split(params: dict, is_first: Callable[[str], bool]) -> tuple[dict, dict]:
     """Two nested dicts: the leaves whose path name satisfies the predicate, and the others."""
-    first: dict = {}
-    second: dict = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        node = first if is_first(path_name(path)) else second
-        for key in path[:-1]:
-            node = node.setdefault(key.key, {})
-        node[path[-1].key] = leaf
-    return first, second
+    named = named_leaves(params)
+    first = {name: leaf for name, leaf in named.items() if is_first(name)}
+    return from_named(first), from_named({name: leaf for name, leaf in named.items() if name not in first})
 
 
 def merge(first: dict, second: dict) -> dict:

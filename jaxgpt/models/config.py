@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 
@@ -31,6 +32,52 @@ class RopeConfig:
             raise ValueError(f"model.rope.factor must be at least 1, not {self.factor}.")
 
 
+# The linear maps of a layer, by the names that lora.target_modules is matched against.
+LINEAR_MODULES = ("query", "key", "value", "out", "mlp/gate", "mlp/up", "mlp/down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen kernels: y = x W + s (dropout(x) A) B (Hu et al. 2021, arXiv:2106.09685).
+
+    rank: Z; 0 is no adapters. alpha: s = alpha / rank, or alpha / sqrt(rank) where rank_stabilized (Kalajdzievski 2023,
+      arXiv:2312.03732). dropout: on the adapter's input.
+    target_modules: a regular expression that the whole name of an adapted map must match; the names are query, key,
+      value, out, mlp/gate, mlp/up, mlp/down.
+    dora: a trained magnitude per output, direction from W + s A B (Liu et al. 2024, arXiv:2402.09353).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str = ".*"
+    rank_stabilized: bool = False
+    dora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 (no adapters) or positive, not {self.rank}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), not {self.dropout}.")
+        try:
+            targets = [name for name in LINEAR_MODULES if re.fullmatch(self.target_modules, name)]
+        except re.error as error:
+            raise ValueError(f"lora.target_modules={self.target_modules!r} is not a regular expression: {error}.") from error
+        if self.rank and not targets:
+            raise ValueError(
+                f"lora.target_modules={self.target_modules!r} matches no linear map; there are {', '.join(LINEAR_MODULES)}."
+            )
+
+    def adapts(self, name: str) -> bool:
+        """Whether the linear map of this name has an adapter."""
+        return self.rank > 0 and re.fullmatch(self.target_modules, name) is not None
+
+    @property
+    def scale(self) -> float:
+        """The factor s on the adapter's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer. Defaults are a small modern (Llama-like) one; presets fill in the known families.
@@ -53,6 +100,7 @@ class ModelConfig:
     scan_layers: None chooses by backend. The parameter layout is stacked either way, so checkpoints do not depend on it.
     remat: what the backward pass recomputes. `none` keeps everything, `dots` keeps matmul outputs, `full` keeps only
       the layer inputs; `auto` chooses by backend.
+    lora: adapters beside the layers' kernels; stages that offer them set it.
     """
 
     vocab_size: int = 0
@@ -92,6 +140,7 @@ class ModelConfig:
     attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     scan_layers: bool | None = None
     remat: Literal["auto", "none", "dots", "full"] = "auto"
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         for name in ("num_layers", "embed_dim", "num_heads", "max_seq_length"):

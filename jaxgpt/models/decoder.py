@@ -24,6 +24,7 @@ from jaxgpt.models.layers import (
     apply_rope,
     compute_dtype,
     kernel_std,
+    lora_for,
     make_norm,
     rope_tables,
     sinusoidal_positions,
@@ -82,7 +83,7 @@ class Block(nn.Module):
         def project(name: str, heads: int, axis: str) -> Array:
             shape, bias = (dim, heads, head_dim), (1, 2) if cfg.qkv_bias else None
             layer = Einsum("BTD,DNH->BNTH", shape, ("embed", axis, "head_dim"), kernel_std(cfg, dim), dtype, bias,
-                           (heads, 1, head_dim), name=name)  # fmt: skip
+                           (heads, 1, head_dim), lora_for(cfg, name), name=name)  # fmt: skip
             return shard(layer(x_BTD), "batch", f"act_{axis}", "length", None)
 
         q_BNTH = project("query", cfg.num_heads, "heads")
@@ -98,7 +99,8 @@ class Block(nn.Module):
         out_BNTH = shard(out_BNTH, "batch", "act_heads", "length", None)
         std = kernel_std(cfg, cfg.num_heads * head_dim, residual=True)
         out = Einsum("BNTH,NHD->BTD", (cfg.num_heads, head_dim, dim), ("heads", "head_dim", "embed"), std, dtype,
-                     (2,) if cfg.attention_out_bias else None, (dim,), name="out")  # fmt: skip
+                     (2,) if cfg.attention_out_bias else None, (dim,), lora_for(cfg, "out"),
+                     name="out")  # fmt: skip
         return out(out_BNTH), stored
 
 
@@ -285,7 +287,7 @@ def _trunk(cfg, params, tokens_BT, places: Places, *, kv=None, store=None, dropo
     with jax.named_scope("embed"):
         x_BTD = _embed(cfg, params, tokens_BT, places.positions_BT)
     rngs = None
-    if dropout_rng is not None and cfg.dropout:
+    if dropout_rng is not None and (cfg.dropout or cfg.lora.dropout):
         embed_rng, layers_rng = jax.random.split(dropout_rng)
         x_BTD = dropout(x_BTD, cfg.dropout, embed_rng)
         rngs = jax.random.split(layers_rng, cfg.num_layers)
@@ -298,7 +300,8 @@ def _trunk(cfg, params, tokens_BT, places: Places, *, kv=None, store=None, dropo
             x_BTD, kv = carry
             params, rng = inputs
             store_here = None if store is None else functools.partial(store, kv, index)
-            return block.apply({"params": params}, x_BTD, places, rope, store_here, rng)
+            rngs = None if rng is None else {"dropout": rng}
+            return block.apply({"params": params}, x_BTD, places, rope, store_here, rng, rngs=rngs)
 
         return layer if store is not None else _remat(cfg, layer)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxgpt.models.config import ModelConfig, RopeConfig
+from jaxgpt.models.config import LoraConfig, ModelConfig, RopeConfig
 from jaxgpt.partition import shard
 from jaxgpt.types import Array
 
@@ -31,10 +31,11 @@ def kernel_std(cfg: ModelConfig, fan_in: int, *, residual: bool = False) -> floa
 
 
 class Einsum(nn.Module):
-    """A linear map written as an einsum, with an optional bias over its output axes.
+    """A linear map written as an einsum, with an optional bias over its output axes and an optional LoRA branch.
 
     equation: e.g. "BTD,DNH->BNTH". shape, names: of the kernel, with its logical axes. bias_axes: indices of the kernel
-      axes the bias has, and the shape it is broadcast from.
+      axes the bias has, and the shape it is broadcast from. lora: the adapter, None without one; its dropout is on where
+      there is an rng named "dropout".
     """
 
     equation: str
@@ -44,18 +45,66 @@ class Einsum(nn.Module):
     dtype: Any
     bias_axes: tuple[int, ...] | None = None
     bias_shape: tuple[int, ...] = ()
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
         kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
         out = _einsum(self.equation, x, kernel.astype(self.dtype))
+        if self.lora is not None:
+            out = self.adapt(self.lora, x, kernel, out)
         if self.bias_axes is not None:
             names = tuple(self.names[i] for i in self.bias_axes)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
             bias: Any = self.param("bias", zeros, tuple(self.shape[i] for i in self.bias_axes), jnp.float32)
             out = out + bias.astype(self.dtype).reshape(self.bias_shape)
         return out
+
+    def adapt(self, lora: LoraConfig, x: Array, kernel: Array, out: Array) -> Array:
+        """The map's output with the adapter's; A starts normal with std 1 / sqrt(fan_in), B at 0 (Hu et al. 2021, §4.1)."""
+        (left, right), result = self.equation.split("->")[0].split(","), self.equation.split("->")[1]
+        inputs = [i for i, axis in enumerate(right) if axis in left]
+        outputs = [i for i, axis in enumerate(right) if axis not in left]
+        shape_of, names_of = lambda axes: [self.shape[i] for i in axes], lambda axes: [self.names[i] for i in axes]
+
+        def parameter(name: str, init, names: list, shape: list) -> Any:
+            return self.param(name, nn.with_logical_partitioning(init, tuple(names)), tuple(shape), jnp.float32)
+
+        std = 1 / math.sqrt(math.prod(shape_of(inputs)))
+        names, shape = [*names_of(inputs), "lora"], [*shape_of(inputs), lora.rank]
+        a = parameter("lora_a", nn.initializers.normal(std), names, shape)
+        names, shape = ["lora", *names_of(outputs)], [lora.rank, *shape_of(outputs)]
+        b = parameter("lora_b", nn.initializers.zeros, names, shape)
+        if lora.dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
+        a_axes, b_axes = "".join(right[i] for i in inputs) + "Z", "Z" + "".join(right[i] for i in outputs)
+        low = _einsum(f"{left},{a_axes}->BTZ", x, a.astype(self.dtype))
+        out = out + lora.scale * _einsum(f"BTZ,{b_axes}->{result}", low, b.astype(self.dtype))
+        if lora.dora:
+            norm_of = lambda w: jnp.sqrt(jnp.sum(jnp.square(w), axis=tuple(inputs)))
+            magnitude = parameter("magnitude", lambda *_: norm_of(kernel), names_of(outputs), shape_of(outputs))
+            merged = kernel + lora.scale * jnp.einsum(f"{a_axes},{b_axes}->{right}", a, b)
+            norm = jax.lax.stop_gradient(norm_of(merged))  # a constant in the gradient (Liu et al. 2024, §4.3)
+            out = out * (magnitude / norm).astype(out.dtype).reshape(_broadcast(result, b_axes[1:], norm.shape))
+        return out
+
+
+def _broadcast(result: str, axes: str, shape: tuple[int, ...]) -> list[int]:
+    """The shape in which an array with `axes` multiplies one with the axes `result`."""
+    sizes = dict(zip(axes, shape, strict=True))
+    return [sizes.get(axis, 1) for axis in result]
+
+
+def kernel_input_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """Which axes of a stacked kernel [L, ...] are contracted with the input; the attention output's is [L, N, H, D]."""
+    return tuple(range(1, ndim - 1)) if name.split("/")[-2] == "out" else (1,)
+
+
+def lora_for(cfg: ModelConfig, name: str) -> LoraConfig | None:
+    """The adapter of a layer's linear map, None where it has none."""
+    return cfg.lora if cfg.lora.adapts(name) else None
 
 
 def _einsum(equation: str, x: Array, kernel: Array) -> Array:
@@ -125,12 +174,15 @@ class MLP(nn.Module):
 
         def project(name: str) -> Array:
             std = kernel_std(cfg, dim)
-            layer = Einsum("BTD,DF->BTF", (dim, hidden), ("embed", "mlp"), std, dtype, bias, (hidden,), name=name)
+            layer = Einsum("BTD,DF->BTF", (dim, hidden), ("embed", "mlp"), std, dtype, bias, (hidden,),
+                           lora_for(cfg, f"mlp/{name}"), name=name)  # fmt: skip
             return shard(layer(x_BTD), "batch", "length", "act_mlp")
 
         h_BTF = act(project("gate")) * project("up") if cfg.gated_mlp else act(project("up"))
         std = kernel_std(cfg, hidden, residual=True)
-        return Einsum("BTF,FD->BTD", (hidden, dim), ("mlp", "embed"), std, dtype, bias, (dim,), name="down")(h_BTF)
+        down = Einsum("BTF,FD->BTD", (hidden, dim), ("mlp", "embed"), std, dtype, bias, (dim,),
+                      lora_for(cfg, "mlp/down"), name="down")  # fmt: skip
+        return down(h_BTF)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

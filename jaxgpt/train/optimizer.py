@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt import tree
+from jaxgpt.models.layers import kernel_input_axes
 from jaxgpt.types import Array, Params
 
 Schedule = Callable[[Any], Array]
@@ -138,11 +139,9 @@ def matrix_dims(params: Params) -> Any:
         name = tree.path_name(path)
         if not (name.startswith("layers/") and name.endswith("/kernel")):
             return None
-        inputs = (
-            range(1, leaf.ndim - 1) if name.endswith("out/kernel") else (1,)
-        )  # the attention output is [L, N, H, D]
+        inputs = kernel_input_axes(name, leaf.ndim)
         outputs = [axis for axis in range(1, leaf.ndim) if axis not in inputs]
-        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+        return optax.contrib.MuonDimensionNumbers(inputs, tuple(outputs))
 
     return jax.tree_util.tree_map_with_path(dims, params)
 
