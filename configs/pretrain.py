@@ -28,7 +28,7 @@ from configs import models
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    """The fields that differ from jaxgpt.train.config.TrainConfig's defaults, which documents them all."""
+    """The fields that differ from jaxgpt.train.config.PretrainConfig's defaults, which documents them all."""
     if preset not in _PRESETS:
         raise ValueError(f"configs/pretrain.py has no preset {preset!r}; there are {', '.join(_PRESETS)}.")
     return ConfigDict(_PRESETS[preset]())

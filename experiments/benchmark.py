@@ -21,7 +21,7 @@ from jaxgpt import partition, tree
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train.config import TrainConfig, check_mesh
+from jaxgpt.train.config import PretrainConfig, check_mesh
 from jaxgpt.train.optimizer import make_optimizer
 from jaxgpt.train.step import init_state, make_train_step
 from jaxgpt.train.throughput import peak_flops, training_flops_per_token
@@ -34,7 +34,7 @@ class BenchmarkConfig:
 
     what: Literal["train"] = "train"
     num_steps: int = 8
-    train: TrainConfig = TrainConfig()
+    train: PretrainConfig = PretrainConfig()
 
 
 def main(config: BenchmarkConfig, workdir: str) -> None:
@@ -42,7 +42,7 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
     del workdir
     train = config.train
     mesh = partition.make_mesh(train.mesh, train.dcn_mesh)
-    check_mesh(train, mesh)
+    check_mesh(train, train.model, mesh)
     optimizer = make_optimizer(train.optimizer, train.num_train_steps)
     state, frozen, shardings = init_state(
         lambda rng: decoder.init_params(train.model, rng), optimizer, jax.random.key(0), mesh, DEFAULT_RULES
@@ -90,7 +90,7 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
         print(f"{name:<28} {value}")
 
 
-def random_batch(config: TrainConfig) -> LMBatch:
+def random_batch(config: PretrainConfig) -> LMBatch:
     """A global batch of random tokens, one full segment per row."""
     rows, length = config.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)

@@ -10,12 +10,15 @@ See configs/generate.py for presets.
 import dataclasses
 import json
 import os
+from typing import Literal
 
 import jax
+import numpy as np
 
 from experiments import cli
 from jaxgpt import partition
 from jaxgpt.data import sources
+from jaxgpt.data.chat import Message
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, next_token_table, stop_ids
 from jaxgpt.partition import MeshConfig
@@ -29,8 +32,10 @@ class GenerateConfig:
     init_from: the workdir of a training run. prompt: one text; empty continues BOS alone. prompts_file: a .txt with one
       prompt per line, or records (.jsonl[.gz], .parquet, .array_record) with a field "prompt". output: a .jsonl file for
       the results, instead of printing them.
-    stop: pieces that end a response, besides EOS. show_probabilities: so many of the most probable next tokens are
-      printed for each prompt. batch_size: the most prompts generated for at once.
+    chat_template: `auto` makes each prompt a user's message in the template that the model was trained with, if there is
+      one; `none` continues the bare text.
+    stop: pieces that end a response, besides EOS and the template's end. show_probabilities: so many of the most
+    probable next tokens are printed for each prompt. batch_size: the most prompts generated for at once.
     """
 
     init_from: str = ""
@@ -41,6 +46,7 @@ class GenerateConfig:
     max_new_tokens: int = 128
     batch_size: int = 16
     seed: int = 0
+    chat_template: Literal["auto", "none"] = "auto"
     stop: tuple[str, ...] = ()
     show_probabilities: int = 0
     mesh: MeshConfig = MeshConfig()
@@ -59,12 +65,19 @@ def main(config: GenerateConfig, workdir: str) -> None:
     prompts = read_prompts(config)
     mesh = partition.make_mesh(config.mesh)
     model = load_model(config.init_from, mesh)
+    template = model.template if config.chat_template == "auto" else None
+    stop = stop_ids(model.tokenizer, config.stop)
+    if template is None:
+        encoded = [model.tokenizer.encode(prompt, add_bos=True) for prompt in prompts]
+    else:
+        encoded = [template.encode_prompt(model.tokenizer, [Message("user", prompt)]) for prompt in prompts]
+        stop = tuple(dict.fromkeys((*stop, *template.stop_ids(model.tokenizer))))
     if config.show_probabilities:
-        for prompt in prompts:
-            print_probabilities(config, model, prompt, mesh)
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            print_probabilities(config, model, prompt, ids, mesh)
     records = generate_texts(
         model.config, model.params, model.tokenizer, prompts, sampler=config.sampler, max_new=config.max_new_tokens,
-        seed=config.seed, batch_size=config.batch_size, eos_ids=stop_ids(model.tokenizer, config.stop), mesh=mesh,
+        seed=config.seed, batch_size=config.batch_size, eos_ids=stop, mesh=mesh, encoded=encoded,
     )  # fmt: skip
     if jax.process_index() != 0:
         return
@@ -75,7 +88,10 @@ def main(config: GenerateConfig, workdir: str) -> None:
         print(f"{len(records)} responses in {config.output}.")
         return
     for record in records:
-        print(f"{record['prompt']}{record['response']}\n[{record['num_tokens']} tokens, {record['stop_reason']}]\n")
+        between = "" if template is None else "\n-> "
+        print(
+            f"{record['prompt']}{between}{record['response']}\n[{record['num_tokens']} tokens, {record['stop_reason']}]\n"
+        )
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -92,10 +108,10 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def print_probabilities(config: GenerateConfig, model: LoadedModel, prompt: str, mesh) -> None:
+def print_probabilities(config: GenerateConfig, model: LoadedModel, prompt: str, ids: np.ndarray, mesh) -> None:
     """The most probable next tokens of a prompt, as a table."""
     top = config.show_probabilities
-    table = next_token_table(model.config, model.params, model.tokenizer, prompt, top=top, mesh=mesh)
+    table = next_token_table(model.config, model.params, model.tokenizer, prompt, top=top, mesh=mesh, ids=ids)
     if jax.process_index() == 0:
         print(f"After {prompt!r}:", *(f"  {prob:7.4f}  {piece}" for piece, prob in table), "", sep="\n")
 

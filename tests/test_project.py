@@ -12,11 +12,11 @@ from experiments import cli
 from experiments.benchmark import BenchmarkConfig
 from experiments.generate import GenerateConfig
 from experiments.tokenizer import Config as TokenizerStage
-from jaxgpt.train.config import TrainConfig
+from jaxgpt.train.config import PretrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = {
-    "pretrain": TrainConfig,
+    "pretrain": PretrainConfig,
     "tokenizer": TokenizerStage,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
@@ -44,7 +44,7 @@ def test_every_config_file_is_covered_and_says_how_it_is_run():
 
 def test_a_benchmark_measures_a_pretraining_preset():
     built = cli.load_config(str(ROOT / "configs/benchmark.py"), [], BenchmarkConfig)
-    assert built.train.model == cli.load_config(str(ROOT / "configs/pretrain.py:cpu_14m"), [], TrainConfig).model
+    assert built.train.model == cli.load_config(str(ROOT / "configs/pretrain.py:cpu_14m"), [], PretrainConfig).model
     assert benchmark.get_config().what == "train"
 
 

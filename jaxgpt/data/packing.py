@@ -27,6 +27,9 @@ class Pieces(NamedTuple):
     continues: np.ndarray
 
 
+NO_PIECES = Pieces(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
+
+
 class RowPlan(Protocol):
     """Rows of one pass over the data: `len(plan)` of them, `plan[i]` has the fields of `types.LMBatch`, each [T]."""
 
@@ -38,6 +41,10 @@ class RowPlan(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
+
+    def empty_row(self) -> Row:
+        """A row that counts for nothing, to fill up a batch."""
+        ...
 
 
 def make_plan(
@@ -89,7 +96,11 @@ class ConcatPlan:
         starts = np.maximum(offsets[first:last], begin)
         ends = np.minimum(offsets[first + 1 : last + 1], end)
         pieces = Pieces(starts, ends - starts, ends < offsets[first + 1 : last + 1])
-        return build_row(tokens, pieces, self.sequence_length, self.pad_id)
+        return build_row(tokens, pieces, self.sequence_length, self.pad_id, self.source.trained)
+
+    def empty_row(self) -> Row:
+        """All padding."""
+        return build_row(self.source.tokens, NO_PIECES, self.sequence_length, self.pad_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +120,22 @@ class PiecePlan:
         """Row `index` as {tokens_BT, targets_BT, ...: [T]}."""
         run = slice(self.row_bounds[index], self.row_bounds[index + 1])
         pieces = Pieces(*(field[run] for field in self.pieces))
-        return build_row(self.source.tokens, pieces, self.sequence_length, self.pad_id)
+        return build_row(self.source.tokens, pieces, self.sequence_length, self.pad_id, self.source.trained)
+
+    def empty_row(self) -> Row:
+        """All padding."""
+        return build_row(self.source.tokens, NO_PIECES, self.sequence_length, self.pad_id)
 
 
-def build_row(tokens: np.ndarray, pieces: Pieces, sequence_length: int, pad_id: int) -> Row:
+def build_row(
+    tokens: np.ndarray, pieces: Pieces, sequence_length: int, pad_id: int, trained: np.ndarray | None = None
+) -> Row:
     """One row: the pieces side by side, then padding.
 
     Segments are numbered from 1 and positions from 0 in each piece. Padding is token pad_id, segment, position and
-    weight 0; a target with weight 0 is pad_id.
+    weight 0; where there is no target, pad_id stands for it, with weight 0.
+
+    trained: bool, for each token whether it is a target to learn; the weight of the others is 0.
 
     Returns:
       {tokens_BT, targets_BT, weights_BT, segments_BT, positions_BT}, each [T]; i32, the weights f32.
@@ -127,22 +146,24 @@ def build_row(tokens: np.ndarray, pieces: Pieces, sequence_length: int, pad_id: 
     if len(pieces.starts) == 1:
         (start,), (used,), (continues,) = pieces
         row["tokens_BT"][:used] = tokens[start : start + used]
-        trained = used - 1 + continues
-        row["targets_BT"][:trained] = tokens[start + 1 : start + 1 + trained]
-        row["weights_BT"][:trained] = 1
+        targets = slice(start + 1, start + used + continues)
+        length = targets.stop - targets.start
+        row["targets_BT"][:length] = tokens[targets]
+        row["weights_BT"][:length] = 1 if trained is None else trained[targets]
         row["segments_BT"][:used] = 1
         row["positions_BT"][:used] = np.arange(used)
         return row
     ends = np.cumsum(pieces.lengths)
-    used = ends[-1]
+    used = pieces.lengths.sum()
     piece_of = np.repeat(np.arange(len(ends)), pieces.lengths)
     positions = np.arange(used) - (ends - pieces.lengths)[piece_of]
     index = pieces.starts[piece_of] + positions
-    weights = np.ones(used, bool)
-    weights[ends - 1] = pieces.continues
+    has_target = np.ones(used, bool)
+    has_target[ends - 1] = pieces.continues
+    targets = index[has_target] + 1
     row["tokens_BT"][:used] = tokens[index]
-    row["targets_BT"][:used][weights] = tokens[index[weights] + 1]
-    row["weights_BT"][:used] = weights
+    row["targets_BT"][:used][has_target] = tokens[targets]
+    row["weights_BT"][:used][has_target] = 1 if trained is None else trained[targets]
     row["segments_BT"][:used] = piece_of + 1
     row["positions_BT"][:used] = positions
     return row

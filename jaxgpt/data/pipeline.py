@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -51,17 +52,31 @@ class Data:
     stats: dict[str, dict[str, int]]
 
 
-def build_data(config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str | os.PathLike) -> Data:
+def build_data(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: str | os.PathLike,
+    make_rows: Callable[[list[str], Split], RowPlan] | None = None,
+) -> Data:
     """The packed sources of `data.train` and `data.eval`, tokenized now or found in the cache.
 
     Where `data.eval` is empty, `data.holdout` splits it off each source of `data.train`; with a fraction of 0 there is
     no evaluation data.
+
+    make_rows: (files of a source, side of the held-out split) -> its rows; None reads texts and packs them.
 
     Raises:
       ValueError: for a source without files, documents or rows.
     """
     if not config.train:
         raise ValueError("data.train is empty; give a path, a glob, several of them, or {name: {path, weight}}.")
+
+    def pack_texts(paths: list[str], split: Split) -> RowPlan:
+        tokens = tokenize_source(paths, tokenizer, config, split, cache_dir)
+        return make_plan(tokens, config.packing, config.sequence_length, tokenizer.pad_id)
+
+    make_rows = make_rows or pack_texts
     split_off = not config.eval and config.holdout.fraction > 0
     train = _named_sources(config.train)
     parts: list[tuple[str, str, SourceConfig, Split]] = []
@@ -74,14 +89,14 @@ def build_data(config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str | os.
 
     plans, stats, keys = {}, {}, {}
     for label, field, source, split in parts:
-        tokens = tokenize_source(resolve_paths(source.path, field), tokenizer, config, split, cache_dir)
-        plan = make_plan(tokens, config.packing, config.sequence_length, tokenizer.pad_id)
+        plan = make_rows(resolve_paths(source.path, field), split)
+        tokens = plan.source
         if not len(plan):
             raise ValueError(
-                f"{field}: no document has two tokens on the {label.split('/')[0]} side: nothing to predict."
+                f"{field}: no document has two tokens on the {label.split('/')[0]} side: nothing to learn from."
             )
         counts = {"documents": tokens.num_documents, "tokens": tokens.num_tokens, "bytes": tokens.num_bytes}
-        plans[label], stats[label], keys[label] = plan, counts | {"rows": len(plan)}, tokens.key
+        plans[label], stats[label], keys[label] = plan, counts | {"rows": len(plan)} | tokens.notes, tokens.key
     return Data(
         train={name: (plans[f"train/{name}"], source.weight) for name, source in train.items()},
         eval={label.removeprefix("eval/"): plan for label, plan in plans.items() if label.startswith("eval/")},
@@ -109,7 +124,8 @@ def train_batches(
     shuffle: bool = True,
     num_workers: int = 0,
     prefetch: int = 4,
-) -> grain.DatasetIterator[LMBatch]:
+    batch_type: type = LMBatch,
+) -> grain.DatasetIterator:
     """Batches without end, from batch `start_batch` on, of this process's rows.
 
     Args:
@@ -121,9 +137,10 @@ def train_batches(
       shuffle: False keeps each source in the order of its plan.
       num_workers: processes that build batches; 0 builds them in threads of this one.
       prefetch: batches held ready; 0 builds a batch when it is asked for.
+      batch_type: whose fields the rows have.
 
     Returns:
-      LMBatch of numpy arrays [rows, T]; `close()` ends threads and workers.
+      batch_type of numpy arrays [rows, ...]; `close()` ends threads and workers.
 
     Raises:
       ValueError: for no source, a source without rows, or a weight that is not positive.
@@ -151,22 +168,41 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()  # grain reads flags of its own to start workers
         buffered = max(1, prefetch // num_workers)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=buffered))
-    return iter(dataset.map(_to_batch))
+    return iter(dataset.map(functools.partial(_to_batch, batch_type)))
 
 
-def eval_batches(plan: RowPlan, *, batch_size: int, rows: slice, max_batches: int = 0) -> Iterator[LMBatch]:
+def eval_batches(
+    plan: RowPlan, *, batch_size: int, rows: slice, max_batches: int = 0, batch_type: type = LMBatch
+) -> Iterator[Any]:
     """One pass over a plan in a fixed order, of this process's rows; the last batch is filled up with rows of weight 0.
 
     max_batches: the most batches; 0 is all. Where it leaves rows out, those read are spread evenly over the plan, since
     neighbours are alike (in length, under `best_fit`).
 
     Returns:
-      LMBatch of numpy arrays [rows, T].
+      batch_type of numpy arrays [rows, ...].
     """
     count = min(len(plan), max_batches * batch_size) if max_batches else len(plan)
     for begin in range(0, count, batch_size):
         batch = [_spread_row(plan, begin + row, count) for row in range(batch_size)[rows]]
-        yield _to_batch(_stack(batch))
+        yield _to_batch(batch_type, _stack(batch))
+
+
+def batch_streams(
+    config: DataConfig, data: Data, batch_size: int, rows: slice, seed: int, batch_type: type = LMBatch
+) -> dict[str, Any]:
+    """{"train_batches": first batch -> batches without end, "eval_batches": {name: () -> one pass}}, of these rows."""
+    train = functools.partial(
+        train_batches, data.train, batch_size=batch_size, seed=seed, rows=rows, shuffle=config.shuffle,
+        num_workers=config.num_workers, prefetch=config.prefetch, batch_type=batch_type,
+    )  # fmt: skip
+    evaluation = {
+        name: functools.partial(
+            eval_batches, plan, batch_size=batch_size, rows=rows, max_batches=config.eval_batches, batch_type=batch_type
+        )
+        for name, plan in data.eval.items()
+    }
+    return {"train_batches": lambda start: train(start_batch=start), "eval_batches": evaluation}
 
 
 def unigram_entropy(data: Data) -> float:
@@ -240,12 +276,12 @@ def _source_seed(seed: int, name: str) -> int:
 def _spread_row(plan: RowPlan, index: int, count: int) -> Row:
     if index < count:
         return plan[index * len(plan) // count]
-    return {name: np.zeros_like(values) for name, values in plan[0].items()}
+    return plan.empty_row()
 
 
 def _stack(rows: Sequence[Row]) -> Row:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _to_batch(arrays: Row) -> LMBatch:
-    return LMBatch(**arrays)
+def _to_batch(batch_type: type, arrays: Row) -> Any:
+    return batch_type(**arrays)

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,21 +159,70 @@ _READERS = {
 def required_field(record: Record, name: str, fields: Mapping[str, str], kind: type[T]) -> T:
     """The value of the standard field `name`, under the name that `fields` maps it to.
 
-    Raises ValueError naming file and line where it is missing, with the fields there are, or of another type.
+    A mapped name is a field's, a path of names and list indices ("instances.0.output"), or a text with paths in braces
+    ("{instruction} {instances.0.input}"). Raises ValueError naming file and line where a field is missing, with the
+    fields there are and the nearest, or of another type.
     """
     key = fields.get(name, name)
-    if key not in record.fields:
-        there = ", ".join(record.fields) or "none"
-        close = difflib.get_close_matches(key, record.fields, n=1)
-        nearest = f"; the nearest is {close[0]!r}" if close else ""
-        raise ValueError(
-            f"{record.path}, line {record.line}: no field {key!r} (there are: {there}){nearest}; data.fields can map it."
-        )
-    value = record.fields[key]
+    if key in record.fields or "{" not in key:
+        return _typed(record, key, kind)
+    return _checked(record, key, _format(record, key), kind)
+
+
+def present_field(record: Record, names: Iterable[str], fields: Mapping[str, str]) -> str | None:
+    """Which of the alternative standard names the record goes by: the first that is mapped, else the first it has."""
+    names = list(names)
+    return next((n for n in names if n in fields), None) or next((n for n in names if n in record.fields), None)
+
+
+def _typed(record: Record, key: str, kind: Any) -> Any:
+    return _checked(record, key, record.fields[key] if key in record.fields else _follow(record, key), kind)
+
+
+def _checked(record: Record, key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
+        wanted = kind[0] if isinstance(kind, tuple) else kind
         raise ValueError(
-            f"{record.path}, line {record.line}: the field {key!r} must be {kind.__name__}, not {type(value).__name__}."
+            f"{record.path}, line {record.line}: the field {key!r} must be {wanted.__name__}, not {type(value).__name__}."
         )
+    return value
+
+
+def _format(record: Record, template: str) -> str:
+    """The text with the values of the paths in its braces ({{ and }} stand for braces); numbers are written out."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"data.fields: {template!r} cannot be read ({error}).") from error
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise ValueError(f"data.fields: {template!r} may have only names of fields in its braces.")
+    return "".join(
+        literal + ("" if key is None else str(_typed(record, key, (str, int, float)))) for literal, key, _, _ in parts
+    )
+
+
+def _follow(record: Record, path: str) -> Any:
+    """The value at a dotted path of names and list indices."""
+    value: Any = record.fields
+    seen = ""
+    for step in path.split("."):
+        where = f"{record.path}, line {record.line}"
+        if isinstance(value, list) and re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
+            value = value[int(step)]
+        elif isinstance(value, list):
+            raise ValueError(f"{where}: {seen[:-1]!r} is a list of {len(value)}, and {step!r} is no index of it.")
+        elif not isinstance(value, dict):
+            raise ValueError(f"{where}: {seen[:-1]!r} is of type {type(value).__name__} and has no field {step!r}.")
+        elif step not in value:
+            there = ", ".join(seen + key for key in value) or "none"
+            close = difflib.get_close_matches(step, value, n=1)
+            nearest = f"; the nearest is {seen + close[0]!r}" if close else ""
+            raise ValueError(
+                f"{where}: no field {seen + step!r} (there are: {there}){nearest}; data.fields can map it."
+            )
+        else:
+            value = value[step]
+        seen += f"{step}."
     return value
 
 

@@ -26,7 +26,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 Split = Literal["train", "held_out", "all"]
 
-FORMAT = 1  # part of every key: another layout of the files, or other rules of splitting, is another entry
+FORMAT = 2  # part of every key: another layout of the files, or other rules of splitting, is another entry
 ENCODE_CHARACTERS = 1 << 20  # texts are encoded together up to this length
 
 
@@ -35,6 +35,7 @@ class TokenizedSource:
     """The tokens of one source, split already made, as they lie on disk.
 
     key: digest of all that decides the content. num_bytes: UTF-8 bytes of the text. dtype: of the tokens.
+    notes: what else was counted while tokenizing, e.g. {"truncated": 3}.
     """
 
     path: str
@@ -43,16 +44,23 @@ class TokenizedSource:
     num_tokens: int
     num_documents: int
     num_bytes: int
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """All tokens, mapped into memory: u16 where the vocabulary fits, else u32."""
-        return _map(Path(self.path) / "tokens.bin", self.dtype, self.num_tokens)
+        return map_file(Path(self.path) / "tokens.bin", self.dtype, self.num_tokens)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """i64 [documents + 1], mapped into memory: document d is tokens[offsets[d] : offsets[d + 1]], never empty."""
-        return _map(Path(self.path) / "offsets.bin", "int64", self.num_documents + 1)
+        return map_file(Path(self.path) / "offsets.bin", "int64", self.num_documents + 1)
+
+    @functools.cached_property
+    def trained(self) -> np.ndarray | None:
+        """bool, for each token whether it is a target to learn; None where all are."""
+        file = Path(self.path) / "trained.bin"
+        return map_file(file, "bool", self.num_tokens) if file.exists() else None
 
     def __getstate__(self) -> dict:
         # Worker processes map the files themselves; pickling a mapped array would send its content.
@@ -76,16 +84,57 @@ def tokenize_source(
     Raises:
       ValueError: where no document is on this side, or the cache entry is damaged.
     """
+    by_position = config.holdout.by == "position"
+    recipe = {
+        "text_separator": config.text_separator,
+        "special": "none" if by_position else "bos_eos" if config.add_bos else "eos",
+        "split": split if split == "all" else [split, config.holdout.by, config.holdout.fraction],
+    }
+    documents = _split_documents(paths, config, split)
+    return cached_source(
+        cache_dir, paths, tokenizer, config, recipe,
+        lambda folder: _write(folder, documents, tokenizer, config, split, paths),
+    )  # fmt: skip
+
+
+def cached_source(
+    cache_dir: str | os.PathLike,
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    recipe: dict,
+    write: Callable[[Path], None],
+) -> TokenizedSource:
+    """The entry that the files' content, the tokenizer, data.fields and `recipe` name; `write` fills it where missing.
+
+    write: leaves tokens.bin, offsets.bin and meta.json (see `write_meta`) in the folder it is given.
+    """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(file_digests(paths, cache_dir), tokenizer, config, split)
+    recipe = recipe | {
+        "format": FORMAT,
+        "files": file_digests(paths, cache_dir),
+        "tokenizer": tokenizer.digest,
+        "fields": config.fields,
+    }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     entry = cache_dir / key[:32]
     if not entry.exists():
-        documents = _split_documents(paths, config, split)
-        _publish(entry, lambda folder: _write(folder, documents, tokenizer, config, split, paths))
+        _publish(entry, write)
     meta = json.loads((entry / "meta.json").read_text())
     return TokenizedSource(path=str(entry), key=key, **meta)
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest dtype that holds every id."""
+    return np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+
+
+def write_meta(folder: Path, dtype: np.dtype, offsets: array.array, num_bytes: int, notes: dict[str, int]) -> None:
+    """offsets.bin and meta.json of an entry whose tokens are written."""
+    (folder / "offsets.bin").write_bytes(offsets.tobytes())
+    meta = {"dtype": dtype.name, "num_tokens": offsets[-1], "num_documents": len(offsets) - 1, "num_bytes": num_bytes}
+    (folder / "meta.json").write_text(json.dumps(meta | {"notes": notes}))
 
 
 def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
@@ -103,19 +152,6 @@ def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
     temporary.write_text(json.dumps(known))
     temporary.replace(memory)
     return digests
-
-
-def _recipe(digests: list[str], tokenizer: Tokenizer, config: DataConfig, split: Split) -> dict:
-    by_position = config.holdout.by == "position"
-    return {
-        "format": FORMAT,
-        "files": digests,
-        "tokenizer": tokenizer.digest,
-        "fields": config.fields,
-        "text_separator": config.text_separator,
-        "special": "none" if by_position else "bos_eos" if config.add_bos else "eos",
-        "split": split if split == "all" else [split, config.holdout.by, config.holdout.fraction],
-    }
 
 
 def _split_documents(paths: Sequence[str], config: DataConfig, split: Split) -> Iterator[str]:
@@ -158,7 +194,7 @@ def _publish(entry: Path, write: Callable[[Path], None]) -> None:
 def _write(
     folder: Path, texts: Iterator[str], tokenizer: Tokenizer, config: DataConfig, split: Split, paths: Sequence[str]
 ) -> None:
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    dtype = token_dtype(tokenizer)
     by_position = config.holdout.by == "position"
     before = [tokenizer.bos_id] if config.add_bos and not by_position else []
     after = [] if by_position else [tokenizer.eos_id]
@@ -179,9 +215,7 @@ def _write(
             progress.update(batch_bytes)
     if len(offsets) == 1:
         raise ValueError(_no_documents(paths, config, split))
-    (folder / "offsets.bin").write_bytes(offsets.tobytes())
-    meta = {"dtype": dtype.name, "num_tokens": offsets[-1], "num_documents": len(offsets) - 1, "num_bytes": num_bytes}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, dtype, offsets, num_bytes, {})
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -216,7 +250,8 @@ def _no_documents(paths: Sequence[str], config: DataConfig, split: Split) -> str
     )
 
 
-def _map(path: Path, dtype: str, length: int) -> np.ndarray:
+def map_file(path: Path, dtype: str, length: int) -> np.ndarray:
+    """A flat file of an entry, mapped into memory; ValueError where it is not of that length."""
     expected = length * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise ValueError(

@@ -57,6 +57,7 @@ def generate_texts(
     batch_size: int,
     eos_ids: tuple[int, ...],
     mesh: Mesh | None = None,
+    encoded: Sequence[np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Continue each prompt; the same seed gives the same texts whatever the batch size.
 
@@ -66,7 +67,7 @@ def generate_texts(
     Args:
       cfg: the model.
       params: plain arrays.
-      tokenizer: prompts are encoded by it, with BOS.
+      tokenizer: prompts are encoded by it, with BOS, unless they come encoded.
       prompts: in any order.
       sampler: how tokens are drawn.
       max_new: the most tokens per response.
@@ -74,6 +75,7 @@ def generate_texts(
       batch_size: the most prompts generated for at once; with a mesh rounded up to what it divides.
       eos_ids: each of them ends a response.
       mesh: where params live, if they are sharded.
+      encoded: the ids of each prompt, for instance by a chat template.
 
     Returns:
       One record per prompt, in their order: {"prompt", "response": its text without the EOS, "num_tokens": generated,
@@ -82,7 +84,8 @@ def generate_texts(
     Raises:
       ValueError: if a prompt has no tokens, or if one is too long for a learned position table.
     """
-    encoded = [np.asarray(tokenizer.encode(prompt, add_bos=True), np.int32) for prompt in prompts]
+    if encoded is None:
+        encoded = [tokenizer.encode(prompt, add_bos=True) for prompt in prompts]
     max_length = cfg.max_seq_length - max_new if cfg.position == "learned" else None
     for prompt, ids in zip(prompts, encoded, strict=True):
         _check_prompt(cfg, prompt, len(ids), max_new, max_length)
@@ -111,14 +114,22 @@ def generate_texts(
 
 
 def next_token_table(
-    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, prompt: str, *, top: int, mesh: Mesh | None = None
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    top: int,
+    mesh: Mesh | None = None,
+    ids: np.ndarray | None = None,
 ) -> list[tuple[str, float]]:
     """The `top` most probable next tokens after a prompt, best first: (the piece, its probability).
 
-    The probabilities are the model's own, at temperature 1. Ids beyond the tokenizer's vocabulary are left out. Raises
-    ValueError as `generate_texts` does.
+    The probabilities are the model's own, at temperature 1. Ids beyond the tokenizer's vocabulary are left out. ids: of
+    the prompt, where they are known. Raises ValueError as `generate_texts` does.
     """
-    ids = np.asarray(tokenizer.encode(prompt, add_bos=True), np.int32)
+    if ids is None:
+        ids = tokenizer.encode(prompt, add_bos=True)
     max_length = cfg.max_seq_length if cfg.position == "learned" else None
     _check_prompt(cfg, prompt, len(ids), 0, max_length)
     prompt_BP, mask_BP = pad_prompts([ids], tokenizer.pad_id, multiple=_PROMPT_MULTIPLE, max_length=max_length)

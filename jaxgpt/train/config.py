@@ -1,4 +1,4 @@
-"""Everything a language-model training run is told, and the checks that need more than one section."""
+"""Everything a training run is told, and the checks that need more than one section."""
 
 import dataclasses
 from typing import Literal
@@ -49,27 +49,26 @@ class WandbConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One pretraining run.
+class RunConfig:
+    """What every training stage is told.
 
-    batch_size: global sequences per update, over all hosts and micro-batches. eval_interval_steps: 0 evaluates at the
-      end alone. init_from: the workdir of an earlier run whose parameters are the start (continued pretraining).
+    batch_size: global sequences (of preferences: prompts) per update, over all hosts and micro-batches.
+    num_epochs: passes over the rows of all training sources; where positive it takes the place of num_train_steps.
+    eval_interval_steps: 0 evaluates at the end alone. init_from: the workdir of the run whose parameters are the start.
     """
 
-    model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     dcn_mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     profile: ProfileConfig = ProfileConfig()
-    samples: SamplesConfig = SamplesConfig()
     wandb: WandbConfig = WandbConfig()
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     num_train_steps: int = 1000
+    num_epochs: float = 0.0
     seed: int = 0
     log_interval_steps: int = 10
     eval_interval_steps: int = 200
@@ -79,26 +78,51 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "num_train_steps", "log_interval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.eval_interval_steps < 0:
-            raise ValueError(f"eval_interval_steps must not be negative, not {self.eval_interval_steps}.")
-        if self.data.sequence_length > self.model.max_seq_length:
-            raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} is longer than "
-                f"model.max_seq_length={self.model.max_seq_length}."
-            )
+        for name in ("eval_interval_steps", "num_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}."
             )
 
+    def num_steps(self, rows: int) -> int:
+        """Updates of the run, given the rows of one epoch."""
+        return max(1, round(self.num_epochs * rows / self.batch_size)) if self.num_epochs else self.num_train_steps
 
-def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run; with init_from it goes on from an earlier one (continued pretraining)."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    samples: SamplesConfig = SamplesConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_lengths(self.data, self.model)
+        if self.model.lora.rank:
+            raise ValueError(
+                "model.lora is set by the stages that train adapters, as lora; pretraining trains everything."
+            )
+
+
+def check_lengths(data: DataConfig, model: ModelConfig) -> None:
+    """ValueError where the rows are longer than the model's sequences."""
+    if data.sequence_length > model.max_seq_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} is longer than model.max_seq_length={model.max_seq_length}."
+        )
+
+
+def check_mesh(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     """ValueError naming the field where the model or the batch does not divide over the mesh."""
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "mlp_dim"):
-        if getattr(config.model, name) % tensor:
-            raise ValueError(f"model.{name}={getattr(config.model, name)} is not a multiple of mesh.tensor={tensor}.")
+        if getattr(model, name) % tensor:
+            raise ValueError(f"model.{name}={getattr(model, name)} is not a multiple of mesh.tensor={tensor}.")
     if config.data.sequence_length % mesh.shape["context"]:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} is not a multiple of "

@@ -27,7 +27,8 @@ def evaluate(
             sums[name] = sums.get(name, 0.0) + float(value)
     weight = sums["weight"]
     metrics = {f"{group}/{name}": sums[name] / weight for name in sums if name not in ("weight", "bytes", "objective")}
-    metrics[f"{group}/perplexity"] = math.exp(min(sums["loss"] / weight, 700.0))
+    if "log_z" in sums:  # a loss over a vocabulary
+        metrics[f"{group}/perplexity"] = math.exp(min(sums["loss"] / weight, 700.0))
     if sums.get("bytes"):
         metrics[f"{group}/bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
     return metrics

@@ -1,18 +1,20 @@
-"""A finished or running workdir as something to start from: its model, parameters and tokenizer."""
+"""A workdir as something to start from: its model, tokenizer and template, and its parameters as one plain model."""
 
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
 
 from jaxgpt import config as config_lib
-from jaxgpt import partition
+from jaxgpt import partition, tree
+from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.models import decoder
-from jaxgpt.models.config import ModelConfig
+from jaxgpt.models import decoder, lora
+from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.checkpoint import restore_params
 from jaxgpt.train.workdir import manifest_digest, read_manifest
@@ -20,16 +22,47 @@ from jaxgpt.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training workdir says of itself. config: of the model, adapters included. base: what adapters stand on."""
+
+    workdir: str
+    config: ModelConfig
+    base: str
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer it was trained with."""
+        return Tokenizer.from_dir(self.workdir)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template it was trained with, None for a model that knows none."""
+        return ChatTemplate.from_dir(self.workdir)
+
+    def manifest(self) -> dict:
+        """The manifest; ValueError where the run has not finished."""
+        manifest = read_manifest(self.workdir)
+        if manifest is None:
+            raise ValueError(f"init_from: {self.workdir} has no manifest.json: the run there has not finished.")
+        return manifest
+
+    def digest(self) -> str:
+        """The manifest's digest, by which runs name their parents."""
+        return manifest_digest(self.manifest())
+
+
+@dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What a workdir holds: params are plain arrays, laid out on the mesh they were loaded for."""
+    """A run and its parameters: plain arrays on the mesh they were loaded for, adapters merged in."""
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
+    template: ChatTemplate | None
 
 
-def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
-    """The newest good checkpoint of a training workdir; ValueError naming what is missing."""
+def read_run(workdir: str) -> Run:
+    """The run of a workdir, finished or not; ValueError naming what is missing."""
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"init_from: {workdir} is not the workdir of a training run: it has no config.json.")
@@ -37,9 +70,68 @@ def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
         values = json.load(file)
     if "model" not in values:
         raise ValueError(f"init_from: {workdir} holds no model (stage without one); point to a training run's workdir.")
-    config = config_lib.build(ModelConfig, values["model"], "model")
-    abstract = abstract_params(config, mesh)
-    return LoadedModel(config, load_params(workdir, abstract), Tokenizer.from_dir(workdir))
+    return Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""))
+
+
+def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
+    """The newest good checkpoint of a training workdir; ValueError naming what is missing."""
+    run = read_run(workdir)
+    config, params = load_plain(run, mesh)
+    return LoadedModel(config, params, run.tokenizer, run.template)
+
+
+def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
+    """A run's config and parameters without adapters: those it has are merged into the base they were trained on.
+
+    Raises ValueError where the base is no longer the one that the run's manifest names.
+    """
+    abstract = abstract_params(run.config, mesh)
+    if not run.config.lora.rank:
+        return run.config, load_params(run.workdir, abstract)
+    base = read_run(run.base)
+    stored = (read_manifest(run.workdir) or {}).get("parents", {}).get("init_from", {}).get("digest")
+    if stored is not None and stored != base.digest():
+        raise ValueError(
+            f"init_from: the adapters in {run.workdir} were trained on the base {stored[:12]}, but {run.base} now has the "
+            f"digest {base.digest()[:12]}."
+        )
+    trained, frozen = tree.split(abstract, trainable(run.config))
+    trained = load_params(run.workdir, trained)
+    base_params = load_trunk(base, frozen, mesh)
+    plain, merged = lora.merge(run.config, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, _only(abstract, tree.named_leaves(merged)))
+    merge = jax.jit(lambda params: lora.merge(run.config, params)[1], out_shardings=shardings)
+    return plain, merge(tree.merge(trained, base_params))
+
+
+def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
+    """Those parameters of `abstract` that the run has: all but new adapters, and a value head where the run has none.
+
+    Raises ValueError naming the first parameter in which the two models differ.
+    """
+    config, params = load_plain(run, mesh)
+    theirs, ours = tree.named_leaves(params), tree.named_leaves(abstract)
+    is_value_model = "bias" in abstract.get("head", {})
+    found = {}
+    for name, leaf in ours.items():
+        if lora.is_adapter(name) or (name.startswith("head/") and is_value_model and config.head != "scalar"):
+            continue
+        if name not in theirs or theirs[name].shape != leaf.shape:
+            there = f"the shape {theirs[name].shape}" if name in theirs else "no such parameter"
+            raise ValueError(f"init_from: {name} has the shape {leaf.shape} here, but {run.workdir} has {there}.")
+        found[name] = theirs[name]
+    return tree.from_named(found)
+
+
+def _only(params: Params, names) -> Params:
+    return tree.split(params, lambda name: name in names)[0]
+
+
+def trainable(config: ModelConfig) -> Callable[[str], bool]:
+    """Which parameters a run of this model trains and keeps: all; with adapters those, and a scalar head."""
+    if not config.lora.rank:
+        return lambda name: True
+    return lambda name: lora.is_adapter(name) or (config.head == "scalar" and name.startswith("head/"))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
@@ -57,14 +149,21 @@ def load_params(workdir: str, abstract: Params) -> Params:
     return restore_params(os.path.join(workdir, "checkpoints"), abstract)
 
 
-def parent_of(workdir: str, tokenizer: Tokenizer) -> dict[str, str]:
-    """{"path", "digest"} of a finished parent; ValueError where it is missing, or has another tokenizer."""
-    manifest = read_manifest(workdir)
-    if manifest is None:
-        raise ValueError(f"init_from: {workdir} has no manifest.json: the run there has not finished.")
-    if manifest["tokenizer_digest"] != tokenizer.digest:
-        raise ValueError(
-            f"init_from: {workdir} was trained with the tokenizer {manifest['tokenizer_digest'][:12]}, data.tokenizer is "
-            f"{tokenizer.digest[:12]}; use the parent's."
-        )
-    return {"path": os.path.abspath(workdir), "digest": manifest_digest(manifest)}
+def without_adapters(config: ModelConfig) -> ModelConfig:
+    """The same model, plain."""
+    return dataclasses.replace(config, lora=LoraConfig())
+
+
+def parent_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> dict[str, str]:
+    """{"path", "digest"} of a finished parent; ValueError where it is missing, or has another tokenizer or template."""
+    digest = run.digest()
+    pairs = [("tokenizer", "data.tokenizer", run.tokenizer.digest, tokenizer.digest)]
+    if run.template is not None and template is not None:
+        pairs.append(("chat template", "chat_template", run.template.digest, template.digest))
+    for what, field, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(
+                f"init_from: {run.workdir} was trained with the {what} {theirs[:12]}, {field} is {ours[:12]}; use the "
+                "parent's."
+            )
+    return {"path": os.path.abspath(run.workdir), "digest": digest}

@@ -19,7 +19,10 @@ from jaxgpt.types import Metrics, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When things happen, in steps; tokens_per_step and flops_per_token (0: unknown) are for throughput and MFU."""
+    """When things happen, in steps; tokens_per_step and flops_per_token (0: unknown) are for throughput and MFU.
+
+    metric_group: what the objective's own metrics but the loss are logged under.
+    """
 
     num_train_steps: int
     log_interval_steps: int
@@ -29,6 +32,7 @@ class LoopConfig:
     tokens_per_step: int
     flops_per_token: float = 0.0
     peak_flops: float | None = None
+    metric_group: str = "train"
 
 
 class Nonfinite:
@@ -146,7 +150,7 @@ def train(
                 callback.on_log(step, {"step": step, **row})
         if saves:
             nonfinite.flush()
-            carried = {"skipped": nonfinite.skipped, "last_eval": last_eval}
+            carried = meta | {"skipped": nonfinite.skipped, "last_eval": last_eval}
             checkpointer.save(step, state, carried, last_eval or None)
         if row or saves:
             throughput.start()
@@ -159,7 +163,8 @@ def train(
 def _train_row(metrics: Metrics, learning_rate: float, rate: float | None, config: LoopConfig) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
     hidden = ("finite", "weight", "bytes", "objective")
-    row = {f"train/{name}": value for name, value in values.items() if name not in hidden}
+    group = lambda name: "train" if name in ("loss", "grad_norm") else config.metric_group
+    row = {f"{group(name)}/{name}": value for name, value in values.items() if name not in hidden}
     row["train/learning_rate"] = learning_rate
     if rate is not None and math.isfinite(rate):
         row["train/tokens_per_second"] = rate

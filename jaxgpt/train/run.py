@@ -13,12 +13,12 @@ from jaxgpt.config import to_dict
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train import callbacks
 from jaxgpt.train.checkpoint import Checkpointer
-from jaxgpt.train.config import TrainConfig
+from jaxgpt.train.config import RunConfig
 from jaxgpt.train.evaluation import evaluate
 from jaxgpt.train.loop import LoopConfig, train
 from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
-from jaxgpt.train.throughput import peak_flops, training_flops_per_token
+from jaxgpt.train.throughput import peak_flops
 from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Objective, Params, TrainState
 
@@ -27,73 +27,94 @@ from jaxgpt.types import Objective, Params, TrainState
 class Stage:
     """What one kind of training brings to a run.
 
-    init_fn: rng -> boxed parameters. train_batches: the first batch's index -> this process's rows, batch by batch.
-    eval_batches: name -> one pass over a held-out set, this process's rows. on_eval: called after each evaluation
-      with (step, parameters), to write samples. initial_params: shardings -> parameters to start from instead of
-      init_fn's. on_start: called with the step that training goes on from.
+    init_fn: rng -> boxed parameters, the frozen ones included. train_batches: the first batch's index -> this process's
+      rows, batch by batch. eval_batches: name -> one pass over a held-out set, this process's rows.
+    tokens_per_step, flops_per_token: for throughput and MFU.
+    trainable: which parameters, by path name, are trained; the others are frozen: never in a checkpoint, loaded anew.
+    load: (abstract parameters, all of them) -> those that come from elsewhere, in place of init_fn's.
+    sources: {"init_from": digest, ...}, what `load` reads; a run is resumed only from the same.
+    on_eval: called after each evaluation with (step, all parameters), to write samples. on_start: called with the step
+      that training goes on from. metric_group: as in LoopConfig.
     """
 
     init_fn: Callable[[jax.Array], Any]
     objective: Objective
     train_batches: Callable[[int], Iterator[Any]]
     eval_batches: dict[str, Callable[[], Iterator[Any]]]
+    tokens_per_step: int
+    flops_per_token: float
+    trainable: Callable[[str], bool] = lambda name: True
+    load: Callable[[Params], Params] | None = None
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
     on_eval: Callable[[int, Params], None] = lambda step, params: None
-    initial_params: Callable[[Params], Params] | None = None
     on_start: Callable[[int], None] = lambda step: None
+    metric_group: str = "train"
 
 
-def run(config: TrainConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, int]:
-    """Train the stage in `workdir`, from its newest good checkpoint if there is one; returns the state and its step."""
+def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, Params, int]:
+    """Train the stage in `workdir`, from its newest good checkpoint if there is one: (state, frozen, step reached)."""
     optimizer = make_optimizer(config.optimizer, config.num_train_steps)
     schedule = make_schedule(config.optimizer, config.num_train_steps)
     rng = jax.random.key(config.seed)
     is_main = jax.process_index() == 0
-    abstract, _ = abstract_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES)
+    abstract, abstract_frozen = abstract_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint) as checkpointer, StopSignal() as stop:
         restored = checkpointer.restore(abstract)
+        loaded: Params = {}
+        if stage.load is not None and (restored is None or abstract_frozen):
+            loaded = stage.load(tree.merge(abstract.params, abstract_frozen))
         if restored is not None:
             state, meta, start = restored
+            _check_sources(meta.get("sources", {}), stage.sources, workdir)
+            frozen = tree.split(loaded, lambda name: not stage.trainable(name))[0]
         else:
-            state, _, _ = init_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES)
-            if stage.initial_params is not None:
-                params = stage.initial_params(abstract.params)
-                state = state.replace(params=params, opt_state=_fresh(optimizer, params, shardings))
+            state, frozen = init_state(
+                stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable, loaded=loaded
+            )[:2]
             meta, start = {}, 0
         metrics_log = JsonLog(os.path.join(workdir, "metrics.jsonl")) if is_main else None
         if metrics_log is not None:
             metrics_log.truncate_after(start)
+            frozen_count = f" (and {tree.count(frozen):,} frozen ones)" if frozen else ""
             print(
-                f"{tree.count(state.params):,} parameters on {_describe(mesh)}; training from step {start}.", flush=True
+                f"{tree.count(state.params):,} parameters{frozen_count} on {_describe(mesh)}; training from step {start}.",
+                flush=True,
             )
         stage.on_start(start)
         watchers = _callbacks(config, workdir, start) if is_main else []
         try:
-            return train(
-                _loop_config(config),
+            state, step = train(
+                _loop_config(config, stage),
                 state=state,
-                frozen={},
+                frozen=frozen,
                 train_step=make_train_step(
                     stage.objective, optimizer, mesh, DEFAULT_RULES,
                     shardings=shardings, accum=config.gradient_accumulation_steps,
                 ),
                 batches=(partition.to_global(b, mesh, config.batch_size) for b in stage.train_batches(start)),
-                evaluate=_evaluator(config, mesh, stage),
+                evaluate=_evaluator(config, mesh, stage, frozen),
                 schedule=schedule,
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
                 callbacks=watchers,
                 stop=stop,
                 start_step=start,
-                meta=meta,
+                meta=meta | {"sources": stage.sources},
             )  # fmt: skip
+            return state, frozen, step
         finally:
             for watcher in watchers:
                 watcher.close()
 
 
-def _fresh(optimizer, params: Params, shardings: TrainState) -> Any:
-    return jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+def _check_sources(stored: dict[str, str], now: dict[str, str], workdir: str) -> None:
+    for name in sorted(stored.keys() | now.keys()):
+        if stored.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} has the digest {(now.get(name) or 'none')[:12]}, but the run in {workdir} was started from "
+                f"{(stored.get(name) or 'none')[:12]}; it can only go on from the same."
+            )
 
 
 def _describe(mesh: Mesh) -> str:
@@ -101,7 +122,9 @@ def _describe(mesh: Mesh) -> str:
     return f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)" + (f" ({axes})" if axes else "")
 
 
-def _evaluator(config: TrainConfig, mesh: Mesh, stage: Stage) -> Callable[[TrainState, int], dict[str, float]]:
+def _evaluator(
+    config: RunConfig, mesh: Mesh, stage: Stage, frozen: Params
+) -> Callable[[TrainState, int], dict[str, float]]:
     eval_step = make_eval_step(stage.objective, mesh, DEFAULT_RULES)
 
     def run_evaluation(state: TrainState, step: int) -> dict[str, float]:
@@ -112,16 +135,16 @@ def _evaluator(config: TrainConfig, mesh: Mesh, stage: Stage) -> Callable[[Train
             for group, params in (("eval", state.params), ("eval_ema", averaged)):
                 if params is not None:
                     on_mesh = (partition.to_global(b, mesh, config.batch_size) for b in batches())
-                    row |= evaluate(eval_step, params, {}, on_mesh, group + suffix)
+                    row |= evaluate(eval_step, params, frozen, on_mesh, group + suffix)
         if len(stage.eval_batches) > 1:  # what keep-best and plots look at: the mean over the sets
             row["eval/loss"] = sum(row[f"eval/{name}/loss"] for name in stage.eval_batches) / len(stage.eval_batches)
-        stage.on_eval(step, state.params)
+        stage.on_eval(step, tree.merge(state.params, frozen))
         return row
 
     return run_evaluation
 
 
-def _callbacks(config: TrainConfig, workdir: str, start: int) -> list[callbacks.Callback]:
+def _callbacks(config: RunConfig, workdir: str, start: int) -> list[callbacks.Callback]:
     watchers = [callbacks.progress_bar(start, config.num_train_steps), callbacks.tensorboard(workdir, start)]
     if config.profile.num_steps:
         watchers.append(callbacks.profiler(config.profile, workdir))
@@ -130,14 +153,15 @@ def _callbacks(config: TrainConfig, workdir: str, start: int) -> list[callbacks.
     return watchers
 
 
-def _loop_config(config: TrainConfig) -> LoopConfig:
+def _loop_config(config: RunConfig, stage: Stage) -> LoopConfig:
     return LoopConfig(
         num_train_steps=config.num_train_steps,
         log_interval_steps=config.log_interval_steps,
         eval_interval_steps=config.eval_interval_steps,
         save_interval_steps=config.checkpoint.save_interval_steps,
         nonfinite=config.nonfinite,
-        tokens_per_step=config.batch_size * config.data.sequence_length,
-        flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
+        tokens_per_step=stage.tokens_per_step,
+        flops_per_token=stage.flops_per_token,
         peak_flops=peak_flops(jax.devices()[0]),
+        metric_group=stage.metric_group,
     )

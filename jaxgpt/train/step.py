@@ -51,21 +51,27 @@ def init_state(
     mesh: Mesh,
     rules: Rules,
     trainable: Callable[[str], bool] = lambda name: True,
+    loaded: Params | None = None,
 ) -> tuple[TrainState, Params, Any]:
     """A fresh (state, frozen, shardings of the state), allocated on the mesh piece by piece where it belongs.
 
     init_fn: rng -> boxed parameters. trainable: predicate over path names; the rest of the parameters is `frozen`.
+    loaded: some of the parameters, already on the mesh, in place of init_fn's, which are then never made.
     """
     state, frozen = abstract_state(init_fn, optimizer, rng, mesh, rules, trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen))
+    given = tree.named_leaves(loaded or {})
+    is_missing = lambda name: name not in given
 
     def init(rng):
         params_rng, step_rng = jax.random.split(rng)
-        params, frozen = tree.split(partition.unbox(init_fn(params_rng)), trainable)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), step_rng), frozen
+        return tree.split(partition.unbox(init_fn(params_rng)), is_missing)[0], jnp.zeros((), jnp.int32), step_rng
 
-    state, frozen = jax.jit(init, out_shardings=shardings)(rng)
-    return state, frozen, shardings[0]
+    missing = tree.split(tree.merge(shardings[0].params, shardings[1]), is_missing)[0]
+    fresh, step, step_rng = jax.jit(init, out_shardings=(missing, shardings[0].step, shardings[0].rng))(rng)
+    params, frozen = tree.split(tree.merge(fresh, loaded or {}), trainable)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings[0].opt_state)(params)
+    return TrainState(step, params, opt_state, step_rng), frozen, shardings[0]
 
 
 def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:

@@ -22,7 +22,7 @@ FIELDS = {
 def documents(lengths):
     """Documents whose token at flat index i is i, so that every token tells where it came from."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return SimpleNamespace(tokens=np.arange(offsets[-1], dtype=np.uint32), offsets=offsets)
+    return SimpleNamespace(trained=None, tokens=np.arange(offsets[-1], dtype=np.uint32), offsets=offsets)
 
 
 def rows(lengths, packing, length):

@@ -20,7 +20,7 @@ ALL = slice(None)
 def plan(num_rows, first=0):
     """Rows that tell their number: row i of `plan(n, f)` begins with token T * (f + i)."""
     tokens = np.arange(T * first, T * (first + num_rows) + 1)
-    return ConcatPlan(SimpleNamespace(tokens=tokens, offsets=np.array([0, len(tokens)])), T, 0)
+    return ConcatPlan(SimpleNamespace(trained=None, tokens=tokens, offsets=np.array([0, len(tokens)])), T, 0)
 
 
 class CountingPlan:
@@ -35,6 +35,9 @@ class CountingPlan:
     def __getitem__(self, index):
         self.reads += 1
         return self.plan[index]
+
+    def empty_row(self):
+        return self.plan.empty_row()
 
 
 def batches(sources, count, **kwargs):

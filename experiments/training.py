@@ -1,0 +1,127 @@
+"""The course of every training command: lock, data, run, manifest, report."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt import partition, tree
+from jaxgpt.config import to_dict
+from jaxgpt.data import pipeline
+from jaxgpt.data.chat import ChatTemplate
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.generate.text import generate_texts
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.reporting.report import write_report
+from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
+from jaxgpt.train.run import Stage, run
+from jaxgpt.types import Params
+
+# Fields that may change between the runs of one workdir without changing what it computes, but for its length.
+FREE_FIELDS = (
+    "num_train_steps", "log_interval_steps", "mesh", "dcn_mesh", "checkpoint", "profile", "samples", "wandb", "nonfinite",
+    "data.num_workers", "data.prefetch", "data.cache_dir",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a command brings to `train_in`.
+
+    parents: {"init_from": {"path", "digest"}}. reference_lines: losses of guessing, for the plots. finish: called after
+      the last step with (all parameters, mesh); what it returns goes into the manifest.
+    """
+
+    stage: Stage
+    data: pipeline.Data
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    parents: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    reference_lines: dict[str, float] = dataclasses.field(default_factory=dict)
+    finish: Callable[[Params, Mesh], dict] = lambda params, mesh: {}
+
+
+def train_in(
+    workdir: str, name: str, config: RunConfig, model: ModelConfig, prepare: Callable[[Mesh, str], Job]
+) -> None:
+    """Train the run in `workdir`, or go on with it; then write its manifest and report.
+
+    prepare: (mesh, folder for tokens) -> the job; called once it is clear that there is something to do.
+    """
+    resolved = to_dict(config) | {"model": to_dict(model)}
+    mesh = partition.make_mesh(config.mesh, config.dcn_mesh)
+    check_mesh(config, model, mesh)
+    with workdirs.lock(workdir):
+        workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
+        done = workdirs.read_manifest(workdir)
+        if done and (config.num_epochs or done["step"] >= config.num_train_steps):
+            print(f"{workdir} is finished: step {done['step']}, {_summary(done['final_metrics'])}.")
+            return
+        cache_dir = config.data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
+        job = prepare(mesh, cache_dir)
+        rows = sum(stats["rows"] for label, stats in job.data.stats.items() if label.startswith("train/"))
+        config = dataclasses.replace(config, num_train_steps=config.num_steps(rows))
+        is_main = jax.process_index() == 0
+        if is_main:
+            for label, stats in job.data.stats.items():
+                print(f"{label}: " + ", ".join(f"{count:,} {what}" for what, count in stats.items()))
+            workdirs.write_config(workdir, resolved)
+            job.tokenizer.save(workdir)
+            if job.template is not None:
+                job.template.save(workdir)
+        state, frozen, step = run(config, workdir, mesh, job.stage)
+        if step < config.num_train_steps:
+            print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
+            return
+        extra = job.finish(tree.merge(state.params, frozen), mesh)
+        if is_main:
+            final = workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1]
+            manifest = workdirs.base_manifest(
+                stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
+                chat_template_digest=job.template.digest if job.template is not None else None,
+                special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
+                data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
+                step=step, reference_lines=job.reference_lines, **extra,
+            )  # fmt: skip
+            workdirs.write_manifest(workdir, manifest)
+            print(f"Finished at step {step}: {_summary(final)}. Report: {write_report(workdir)}")
+
+
+def sample_writer(
+    config: SamplesConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    workdir: str,
+    mesh: Mesh,
+    prompts: Sequence[tuple[str, np.ndarray, dict]],
+    stop_ids: tuple[int, ...],
+    seed: int,
+) -> tuple[Callable[[int, Params], None], Callable[[int], None]]:
+    """(on_eval, on_start) of a stage that writes what it generates at each evaluation to samples.jsonl.
+
+    prompts: (text, ids, further fields of the sample's record).
+    """
+    is_main = jax.process_index() == 0
+    log = workdirs.JsonLog(os.path.join(workdir, "samples.jsonl")) if is_main else None
+
+    def on_eval(step: int, params: Params) -> None:
+        if not prompts:
+            return
+        texts = generate_texts(
+            model, params, tokenizer, [text for text, _, _ in prompts], encoded=[ids for _, ids, _ in prompts],
+            sampler=config.sampler, max_new=config.max_new_tokens, seed=seed, batch_size=len(prompts), eos_ids=stop_ids,
+            mesh=mesh,
+        )  # fmt: skip
+        if log is not None:
+            log.append(step, *(text | more for text, (_, _, more) in zip(texts, prompts, strict=True)))
+
+    return on_eval, log.truncate_after if log is not None else lambda step: None
+
+
+def _summary(metrics: dict) -> str:
+    shown = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy", "train/loss")
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)

@@ -1,0 +1,221 @@
+"""Preferences: records of ranked responses, and rows that hold all responses to one prompt side by side."""
+
+import array
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.data import chat, sources
+from jaxgpt.data.chat import ChatTemplate, Encoded, Message
+from jaxgpt.data.config import DataConfig
+from jaxgpt.data.conversations import (
+    ExampleWriter,
+    TooLong,
+    check_left,
+    encode,
+    fit,
+    records_of_side,
+    split_recipe,
+)
+from jaxgpt.data.packing import NO_PIECES, Pieces, Row, build_row
+from jaxgpt.data.sources import Record
+from jaxgpt.data.token_cache import Split, TokenizedSource, cached_source, map_file
+from jaxgpt.data.tokenizer import Tokenizer
+
+ALIASES = (("chosen", "winning_response"), ("rejected", "losing_response"))
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Preference(NamedTuple):
+    """Conversations that differ after a common prompt, and how good each one's end is.
+
+    prompt: canonical text of what they share. ranks: 0 is the best, equal ranks tie. margin: how much better the better
+    one is said to be, from a field "margin", else 0.
+    """
+
+    conversations: list[list[Message]]
+    ranks: list[int]
+    margin: float
+    prompt: str
+
+
+def preference(record: Record, fields: Mapping[str, str]) -> Preference:
+    """Read {"prompt", "chosen", "rejected"}, {"prompt", "responses": [best, ..., worst]} with ties as nested lists, or
+    Anthropic HH's {"chosen", "rejected"} of two whole transcripts, whose turns begin with "Human:" and "Assistant:".
+
+    Raises ValueError naming file and line: a missing field, a wrong type, fewer than two responses, equal responses.
+    """
+    margin = record.fields.get(fields.get("margin", "margin"), 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise _error(record, f"the field 'margin' must be a number, not {type(margin).__name__}")
+    if fields.get("responses", "responses") in record.fields:
+        levels = sources.required_field(record, "responses", fields, list)
+        groups = [level if isinstance(level, list) else [level] for level in levels]
+    else:
+        names = [sources.present_field(record, pair, fields) or pair[0] for pair in ALIASES]
+        groups = [[sources.required_field(record, name, fields, str)] for name in names]
+    texts = [text for group in groups for text in group]
+    ranks = [rank for rank, group in enumerate(groups) for _ in group]
+    if not all(isinstance(text, str) for text in texts):
+        raise _error(record, "every response must be a string")
+    if len(texts) < 2:
+        raise _error(record, f"a preference needs at least two responses, not {len(texts)}")
+    if len({text.strip() for text in texts}) < len(texts):
+        raise _error(record, "two responses are equal, so that neither can be better")
+    if fields.get("prompt", "prompt") in record.fields:
+        prompt = chat.prompt_messages(record, fields)
+        conversations = [[*prompt, Message("assistant", text)] for text in texts]
+    else:
+        conversations = [_transcript(record, text) for text in texts]
+        prompt = _common_prompt(record, conversations)
+    return Preference(conversations, ranks, float(margin), chat.hashable_prompt([*prompt, Message("assistant", "")]))
+
+
+def _transcript(record: Record, text: str) -> list[Message]:
+    """The turns of an HH transcript."""
+    before, *parts = _TURN.split(text)
+    if before.strip() or not parts:
+        raise _error(record, "without a field 'prompt' a response must be a transcript that begins with '\\n\\nHuman:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    if turns[-1].role != "assistant":
+        raise _error(record, "a transcript must end with a turn of the Assistant")
+    return turns
+
+
+def _common_prompt(record: Record, conversations: list[list[Message]]) -> list[Message]:
+    """The turns that all transcripts begin with, up to the first that differs."""
+    shared = 0
+    while all(len(c) > shared + 1 and c[shared] == conversations[0][shared] for c in conversations):
+        shared += 1
+    if not shared:
+        raise _error(record, "the transcripts have no turn in common")
+    return conversations[0][:shared]
+
+
+def _error(record: Record, text: str) -> ValueError:
+    return ValueError(f"{record.path}, line {record.line}: {text}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RankedRows:
+    """One row per prompt: the fields of `types.PairBatch`, C candidates of T tokens each.
+
+    source: every response with its prompt, an example of its own. num_candidates: C, at least max_candidates.
+    """
+
+    source: TokenizedSource
+    sequence_length: int
+    pad_id: int
+    num_candidates: int
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """i64 [prompts + 1]: prompt g has the examples groups[g] : groups[g + 1]."""
+        return map_file(Path(self.source.path) / "groups.bin", "int64", self.source.notes["prompts"] + 1)
+
+    @functools.cached_property
+    def _ranks(self) -> np.ndarray:
+        return map_file(Path(self.source.path) / "ranks.bin", "int32", self.source.num_documents)
+
+    @functools.cached_property
+    def margins(self) -> np.ndarray:
+        """f32 [prompts], of the records."""
+        return map_file(Path(self.source.path) / "margins.bin", "float32", self.source.notes["prompts"])
+
+    @property
+    def max_candidates(self) -> int:
+        """The most responses that a prompt has."""
+        return int(np.diff(self.groups).max())
+
+    def __len__(self) -> int:
+        return self.source.notes["prompts"]
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index` as {tokens_BCT: [C, T], ..., ranks_BC: [C], margins_B: []}."""
+        begin, end = self.groups[index : index + 2]
+        return self._row(range(begin, end), self._ranks[begin:end], self.margins[index])
+
+    def empty_row(self) -> Row:
+        """A prompt without responses."""
+        return self._row(range(0), np.zeros(0, np.int32), np.float32(0))
+
+    def _row(self, examples: range, ranks: np.ndarray, margin: np.float32) -> Row:
+        tokens, offsets, trained = self.source.tokens, self.source.offsets, self.source.trained
+        candidates = []
+        for example in examples:
+            start, end = offsets[example : example + 2]
+            piece = Pieces(np.array([start]), np.array([end - start]), np.array([False]))
+            candidates.append(build_row(tokens, piece, self.sequence_length, self.pad_id, trained))
+        missing = self.num_candidates - len(candidates)
+        candidates += [build_row(tokens, NO_PIECES, self.sequence_length, self.pad_id)] * missing
+        names = ("tokens", "targets", "weights", "segments")
+        row: Row = {f"{name}_BCT": np.stack([c[f"{name}_BT"] for c in candidates]) for name in names}
+        row["ranks_BC"] = np.concatenate([ranks, np.full(missing, -1)]).astype(np.int32)
+        row["margins_B"] = margin
+        return row
+
+
+def tokenize_preferences(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: DataConfig,
+    too_long: TooLong,
+    split: Split,
+    cache_dir: str,
+) -> RankedRows:
+    """The preferences of one side of the held-out split of some files, from the cache or tokenized now.
+
+    A prompt with a response that does not fit data.sequence_length is dropped whole, or its responses are truncated, as
+    too_long says; both are counted in `source.notes`. Trained on is each conversation's last turn.
+    """
+
+    def write(folder: Path) -> None:
+        groups: array.array = array.array("q", [0])
+        ranks: array.array = array.array("i")
+        margins: array.array = array.array("f")
+        with ExampleWriter(folder, tokenizer) as writer:
+            for record in records_of_side(paths, config, split, lambda r: preference(r, config.fields)):
+                examples, notes = _fit_all(record, tokenizer, template, config, too_long)
+                writer.notes.update(notes)
+                if not examples:
+                    continue
+                for example, messages in zip(examples, record.content.conversations, strict=True):
+                    writer.add(example, num_bytes=sum(len(m.content.encode()) for m in messages))
+                groups.append(groups[-1] + len(examples))
+                ranks.extend(record.content.ranks)
+                margins.append(record.content.margin)
+            writer.notes["prompts"] = len(margins)
+        check_left(writer, paths, config, split)
+        for name, values in (("groups", groups), ("ranks", ranks), ("margins", margins)):
+            (folder / f"{name}.bin").write_bytes(values.tobytes())
+
+    recipe = {
+        "kind": "preferences", "template": template.digest, "too_long": too_long, "limit": config.sequence_length,
+        **split_recipe(config, split),
+    }  # fmt: skip
+    source = cached_source(cache_dir, paths, tokenizer, config, recipe, write)
+    rows = RankedRows(source, config.sequence_length, tokenizer.pad_id, 0)
+    return dataclasses.replace(rows, num_candidates=rows.max_candidates)
+
+
+def _fit_all(
+    record: Any, tokenizer: Tokenizer, template: ChatTemplate, config: DataConfig, too_long: TooLong
+) -> tuple[list[Encoded], dict[str, int]]:
+    """The record's examples, none where one of them has to be dropped, and what to count: prompts, not responses."""
+    notes: collections.Counter = collections.Counter()
+    examples = []
+    for messages in record.content.conversations:
+        encoded = encode(record, template, tokenizer, messages, "completion")
+        fitted = fit(encoded, config.sequence_length, too_long, notes)
+        if fitted is not None:
+            examples.append(fitted)
+    counted = dict.fromkeys(notes, 1)
+    return (examples if len(examples) == len(record.content.conversations) else []), counted
