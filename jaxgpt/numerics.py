@@ -1,5 +1,6 @@
 """Sums and losses under a mask, in float32: cross-entropy with z-loss and label smoothing, and its chunked form."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,8 +85,7 @@ def chunked_cross_entropy(
     batch, length, _ = x_BTD.shape
     chunks = _num_chunks(length, batch * length, chunk_tokens)
 
-    def split(a):  # [B, T, ...] -> [C, B, T/C, ...]: every chunk has all rows, so that the batch stays sharded
-        return jnp.moveaxis(a.reshape(batch, chunks, length // chunks, *a.shape[2:]), 1, 0)
+    split = functools.partial(_split, chunks=chunks)
 
     def chunk_sums(head, x, targets, weights):
         loss, parts = cross_entropy(logits_fn(head, x), targets, z_loss=z_loss, label_smoothing=label_smoothing)
@@ -128,3 +128,30 @@ def chunked_cross_entropy(
 def _num_chunks(length: int, tokens: int, chunk_tokens: int) -> int:
     """The smallest divisor of `length` that makes chunks of at most chunk_tokens (or of one position)."""
     return next(c for c in range(1, length + 1) if length % c == 0 and (tokens // c <= chunk_tokens or c == length))
+
+
+def _split(a: Array, chunks: int) -> Array:
+    """[B, T, ...] -> [C, B, T/C, ...]: every chunk has all rows, so that the batch stays sharded."""
+    return jnp.moveaxis(a.reshape(len(a), chunks, -1, *a.shape[2:]), 1, 0)
+
+
+def chunked_token_logprobs(
+    logits_fn: Callable[[Any, Array], Array], head: Any, x_BTD: Array, targets_BT: Array, *, chunk_tokens: int
+) -> Array:
+    """`token_logprobs` of a batch without ever holding the logits of all of it, f32 [B, T].
+
+    Rows of T are cut as in `chunked_cross_entropy`. Each log-prob has a cotangent of its own, known only in the backward
+    pass: that computes the logits of each chunk again, and the gradient is the unchunked one.
+
+    Args:
+      logits_fn: (head, x [..., D]) -> logits [..., V]. head: the parameters it needs; both get gradients.
+      x_BTD: final hidden states. targets_BT: i32.
+    """
+    batch, length, _ = x_BTD.shape
+    chunks = _num_chunks(length, batch * length, chunk_tokens)
+    split = functools.partial(_split, chunks=chunks)
+
+    # The scan itself keeps XLA from reusing the forward pass's logits, so that no barrier is needed against it.
+    of_chunk = jax.checkpoint(lambda head, x, targets: token_logprobs(logits_fn(head, x), targets), prevent_cse=False)
+    logprobs = jax.lax.map(lambda chunk: of_chunk(head, *chunk), (split(x_BTD), split(targets_BT)))
+    return jnp.moveaxis(logprobs, 0, 1).reshape(batch, length)

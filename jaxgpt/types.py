@@ -42,6 +42,7 @@ class PairBatch(struct.PyTreeNode):
     the response (its end included). segments_BCT: i32; 1 on real tokens, 0 on padding.
     ranks_BC: i32; 0 is the best, equal ranks tie, -1 is no candidate at all.
     margins_B: f32; how much better the better one is said to be, 0 where nothing is said.
+    reference_logprobs_BC: f32, the reference policy's log-prob of each response (DPO), where computed beforehand.
     """
 
     tokens_BCT: Array
@@ -50,6 +51,7 @@ class PairBatch(struct.PyTreeNode):
     segments_BCT: Array
     ranks_BC: Array
     margins_B: Array
+    reference_logprobs_BC: Array | None = None
 
 
 class TrainState(struct.PyTreeNode):

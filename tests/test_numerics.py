@@ -90,3 +90,34 @@ def test_logits_of_the_whole_batch_never_exist(case):
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(case["head"], case["x"]))
     assert f"f32[3,1,{V}]" in text
     assert f"f32[3,8,{V}]" not in text
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 7, 1000])
+def test_chunked_token_logprobs_and_their_gradients_are_the_unchunked_ones_in_float64(case, chunk_tokens):
+    cotangent = np.random.default_rng(2).normal(size=case["targets"].shape)
+
+    def total(head, x):
+        logprobs = numerics.chunked_token_logprobs(
+            lambda head, x: x @ head, head, x, case["targets"], chunk_tokens=chunk_tokens
+        )
+        return jnp.sum(logprobs * cotangent), logprobs
+
+    (_, logprobs), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(case["head"], case["x"])
+    head, x = case["head"].astype(np.float64), case["x"].astype(np.float64)
+    p = np.exp(x @ head)
+    p /= p.sum(-1, keepdims=True)
+    one_hot = np.eye(V)[case["targets"]]
+    np.testing.assert_allclose(logprobs, (one_hot * np.log(p)).sum(-1), rtol=1e-5, atol=1e-5)
+    d_logits = cotangent[..., None] * (one_hot - p)
+    np.testing.assert_allclose(gradients[0], np.einsum("BTD,BTV->DV", x, d_logits), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], d_logits @ head.T, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_token_logprobs_keep_no_logits_for_the_backward_pass(case):
+    def total(head, x):
+        return numerics.chunked_token_logprobs(lambda head, x: x @ head, head, x, case["targets"], chunk_tokens=3).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(case["head"], case["x"]))
+    assert f"f32[3,1,{V}]" in text
+    for whole in (f"f32[3,8,{V}]", f"f32[8,3,1,{V}]"):  # at once, or stacked by the scan over chunks
+        assert whole not in text

@@ -54,7 +54,9 @@ def tracked(*patterns: str) -> list[pathlib.Path]:
 
 
 def test_there_is_no_stub_and_no_path_of_one_machine():
-    unfinished = re.compile(r"\bTO" + r"DO\b|\bFIX" + r"ME\b|NotImplemented" + r"Error|/home/\w|/ro" + r"ot/|/Us" + r"ers/")
+    unfinished = re.compile(
+        r"\bTO" + r"DO\b|\bFIX" + r"ME\b|NotImplemented" + r"Error|/home/\w|/ro" + r"ot/|/Us" + r"ers/"
+    )
     for path in tracked("*.py", "*.md", "*.toml", "*.txt", "Makefile"):
         assert not unfinished.search(path.read_text()), path
 

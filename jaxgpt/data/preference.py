@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxgpt.data.conversations import (
     split_recipe,
 )
 from jaxgpt.data.packing import NO_PIECES, Pieces, Row, build_row
+from jaxgpt.data.pipeline import Data, build_data
 from jaxgpt.data.sources import Record
 from jaxgpt.data.token_cache import Split, TokenizedSource, cached_source, map_file
 from jaxgpt.data.tokenizer import Tokenizer
@@ -108,12 +109,14 @@ class RankedRows:
     """One row per prompt: the fields of `types.PairBatch`, C candidates of T tokens each.
 
     source: every response with its prompt, an example of its own. num_candidates: C, at least max_candidates.
+    reference_logprobs_GC: f32, of every response, for DPO where they are computed beforehand.
     """
 
     source: TokenizedSource
     sequence_length: int
     pad_id: int
     num_candidates: int
+    reference_logprobs_GC: np.ndarray | None = None
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
@@ -140,11 +143,17 @@ class RankedRows:
     def __getitem__(self, index: int) -> Row:
         """Row `index` as {tokens_BCT: [C, T], ..., ranks_BC: [C], margins_B: []}."""
         begin, end = self.groups[index : index + 2]
-        return self._row(range(begin, end), self._ranks[begin:end], self.margins[index])
+        row = self._row(range(begin, end), self._ranks[begin:end], self.margins[index])
+        if self.reference_logprobs_GC is not None:
+            row["reference_logprobs_BC"] = self.reference_logprobs_GC[index]
+        return row
 
     def empty_row(self) -> Row:
         """A prompt without responses."""
-        return self._row(range(0), np.zeros(0, np.int32), np.float32(0))
+        row = self._row(range(0), np.zeros(0, np.int32), np.float32(0))
+        if self.reference_logprobs_GC is not None:
+            row["reference_logprobs_BC"] = np.zeros(self.num_candidates, np.float32)
+        return row
 
     def _row(self, examples: range, ranks: np.ndarray, margin: np.float32) -> Row:
         tokens, offsets, trained = self.source.tokens, self.source.offsets, self.source.trained
@@ -219,3 +228,19 @@ def _fit_all(
             examples.append(fitted)
     counted = dict.fromkeys(notes, 1)
     return (examples if len(examples) == len(record.content.conversations) else []), counted
+
+
+def build_preferences(
+    config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate, too_long: TooLong, cache_dir: str
+) -> Data:
+    """`pipeline.build_data` for preferences; all sources get the same number of candidates C, since they share batches."""
+
+    def make_rows(paths: list[str], split: Split) -> RankedRows:
+        return tokenize_preferences(paths, tokenizer, template, config, too_long, split, cache_dir)
+
+    data = build_data(config, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
+    plans: list[Any] = [*(plan for plan, _ in data.train.values()), *data.eval.values()]
+    most = max(plan.num_candidates for plan in plans)
+    widen: Callable[[Any], Any] = lambda plan: dataclasses.replace(plan, num_candidates=most)
+    train = {name: (widen(plan), weight) for name, (plan, weight) in data.train.items()}
+    return dataclasses.replace(data, train=train, eval={name: widen(plan) for name, plan in data.eval.items()})

@@ -7,7 +7,7 @@ import ast
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"})
@@ -27,13 +27,18 @@ class CorpusStats(NamedTuple):
         )
 
 
-def write_stdlib_corpus(path: str, *, max_bytes: int) -> CorpusStats:
+def write_stdlib_corpus(
+    path: str, *, max_bytes: int, skip: Callable[[str], bool] = lambda module: False
+) -> CorpusStats:
     """Write jsonl documents {"text", "source"}: reference topics, docstrings by module, then source, up to max_bytes.
 
-    The same interpreter gives the same file. Texts that occur twice are written once.
+    Modules whose dotted name (`os`, `xml.dom.minidom`) makes `skip` true give neither docstrings nor source; the
+    reference describes the language and is always in. The same interpreter and `skip` give the same file. Texts that
+    occur twice are written once.
     """
-    modules = list(_modules(sysconfig.get_paths()["stdlib"]))
-    kinds = {"reference": _reference(modules), "docstrings": _docstrings(modules), "source": _sources(modules)}
+    everything = list(modules(sysconfig.get_paths()["stdlib"]))
+    kept = [module for module in everything if not skip(module.name)]
+    kinds = {"reference": _reference(everything), "docstrings": _docstrings(kept), "source": _sources(kept)}
     documents, num_bytes, seen = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0), set()
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         for kind, texts in kinds.items():
@@ -49,13 +54,15 @@ def write_stdlib_corpus(path: str, *, max_bytes: int) -> CorpusStats:
     return CorpusStats(documents, num_bytes)
 
 
-class _Module(NamedTuple):
+class Module(NamedTuple):
+    """One source file: its dotted name (a package's is that of its folder), its text and the parsed text."""
+
     name: str
     text: str
     tree: ast.Module
 
 
-def _modules(root: str) -> Iterator[_Module]:
+def modules(root: str) -> Iterator[Module]:
     """The parsable modules below `root`, in the order of their paths."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS and not f.startswith("config-"))
@@ -68,10 +75,10 @@ def _modules(root: str) -> Iterator[_Module]:
             except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
                 continue
             parts = os.path.relpath(path, root)[: -len(".py")].split(os.sep)
-            yield _Module(".".join(p for p in parts if p != "__init__"), text, tree)
+            yield Module(".".join(p for p in parts if p != "__init__"), text, tree)
 
 
-def _reference(modules: list[_Module]) -> Iterator[tuple[str, str]]:
+def _reference(modules: list[Module]) -> Iterator[tuple[str, str]]:
     """The topics of pydoc_data: a module that is one dict of strings."""
     for module in modules:
         if module.name != "pydoc_data.topics":
@@ -87,11 +94,11 @@ def _reference(modules: list[_Module]) -> Iterator[tuple[str, str]]:
                         yield f"topic {key.value!s}", value.value.strip() + "\n"
 
 
-def _docstrings(modules: list[_Module]) -> Iterator[tuple[str, str]]:
+def _docstrings(modules: list[Module]) -> Iterator[tuple[str, str]]:
     """One document per module: its docstrings in reading order, each under its name and signature."""
     for module in modules:
         parts = []
-        for heading, node in _documented(module.tree, module.name):
+        for heading, node in documented(module.tree, module.name):
             docstring = ast.get_docstring(node)
             if docstring:
                 parts.append(f"{heading}\n\n{docstring}\n")
@@ -99,18 +106,22 @@ def _docstrings(modules: list[_Module]) -> Iterator[tuple[str, str]]:
             yield module.name, "\n".join(parts)
 
 
-def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]]:
+def documented(node: ast.AST, name: str) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]]:
+    """What can carry a docstring, in reading order, under headings such as `class m.C` and `def m.C.f(self, x=1)`.
+
+    The module itself, all classes on its top level or within such classes, and their functions but private ones.
+    """
     if isinstance(node, ast.Module):
         yield f"module {name}", node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):
             yield f"class {name}.{child.name}", child
-            yield from _documented(child, f"{name}.{child.name}")
+            yield from documented(child, f"{name}.{child.name}")
         elif isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
             yield f"def {name}.{child.name}({ast.unparse(child.args)})", child
 
 
-def _sources(modules: list[_Module]) -> Iterator[tuple[str, str]]:
+def _sources(modules: list[Module]) -> Iterator[tuple[str, str]]:
     """Source text with comments, in pieces that end between top-level statements.
 
     Docstrings are left out: they are documents of their own, and one that is held out must not be read here.

@@ -62,7 +62,9 @@ class LoraConfig:
         try:
             targets = [name for name in LINEAR_MODULES if re.fullmatch(self.target_modules, name)]
         except re.error as error:
-            raise ValueError(f"lora.target_modules={self.target_modules!r} is not a regular expression: {error}.") from error
+            raise ValueError(
+                f"lora.target_modules={self.target_modules!r} is not a regular expression: {error}."
+            ) from error
         if self.rank and not targets:
             raise ValueError(
                 f"lora.target_modules={self.target_modules!r} matches no linear map; there are {', '.join(LINEAR_MODULES)}."

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from jaxgpt.reporting.plots import plot_curves
+from jaxgpt.reporting.report_card import plot_report_card, report_card_html
 from jaxgpt.train.workdir import read_rows
 
 STYLE = """
@@ -36,6 +37,7 @@ def write_report(workdir: str) -> str:
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=sub>{_status(rows, config, manifest)}</p>",
+        _report_card(workdir),
         _metrics_table(rows, manifest),
         f"<h2>Curves</h2><div class=plots>{''.join(_image(p) for p in plots)}</div>" if plots else "",
         _samples(samples),
@@ -66,6 +68,15 @@ def _status(rows: list[dict], config: dict, manifest: dict) -> str:
     steps = config.get("num_train_steps")
     end = "finished" if manifest else "unfinished"
     return f"{end} at step {rows[-1]['step']:,}" + (f" of {steps:,}" if steps else "")
+
+
+def _report_card(workdir: str) -> str:
+    """The judgement of a reward model, where the run left WORKDIR/report_card.json."""
+    card = _load(os.path.join(workdir, "report_card.json"))
+    if not card:
+        return ""
+    images = "".join(_image(path) for path in plot_report_card(card, os.path.join(workdir, "plots")))
+    return f"{report_card_html(card)}<div class=plots>{images}</div>"
 
 
 def _metrics_table(rows: list[dict], manifest: dict) -> str:

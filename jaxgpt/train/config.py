@@ -32,9 +32,13 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """Texts generated at evaluations, into samples.jsonl; no prompts, no samples."""
+    """Texts generated at evaluations, into samples.jsonl; no prompts, no samples.
+
+    num_heldout: so many prompts of each held-out set, in stages whose records have prompts.
+    """
 
     prompts: tuple[str, ...] = ()
+    num_heldout: int = 0
     max_new_tokens: int = 64
     sampler: SamplerConfig = SamplerConfig(temperature=0.8, top_k=50)
 
@@ -54,7 +58,8 @@ class RunConfig:
 
     batch_size: global sequences (of preferences: prompts) per update, over all hosts and micro-batches.
     num_epochs: passes over the rows of all training sources; where positive it takes the place of num_train_steps.
-    eval_interval_steps: 0 evaluates at the end alone. init_from: the workdir of the run whose parameters are the start.
+    eval_interval_steps: 0 evaluates at the end alone. eval_at_start: also before the first update.
+    init_from: the workdir of the run whose parameters are the start.
     """
 
     data: DataConfig = DataConfig()
@@ -72,6 +77,7 @@ class RunConfig:
     seed: int = 0
     log_interval_steps: int = 10
     eval_interval_steps: int = 200
+    eval_at_start: bool = False
     init_from: str = ""
 
     def __post_init__(self):

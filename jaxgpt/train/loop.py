@@ -21,7 +21,8 @@ from jaxgpt.types import Metrics, Params, TrainState
 class LoopConfig:
     """When things happen, in steps; tokens_per_step and flops_per_token (0: unknown) are for throughput and MFU.
 
-    metric_group: what the objective's own metrics but the loss are logged under.
+    metric_group: what the objective's own metrics but the loss are logged under. eval_at_start: evaluate before the first
+      update, as step 0.
     """
 
     num_train_steps: int
@@ -33,6 +34,7 @@ class LoopConfig:
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     metric_group: str = "train"
+    eval_at_start: bool = False
 
 
 class Nonfinite:
@@ -119,6 +121,15 @@ def train(
     last_eval: dict[str, float] = meta.get("last_eval", {})
     throughput = Throughput()
     step = start_step
+
+    def log(row: dict[str, float]) -> None:
+        if metrics_log is not None:
+            metrics_log.append(step, row)
+        for callback in callbacks:
+            callback.on_log(step, {"step": step, **row})
+
+    if config.eval_at_start:
+        log(evaluate(state, step))
     while step < config.num_train_steps:
         for callback in callbacks:
             callback.on_step(step)
@@ -144,10 +155,7 @@ def train(
         if row:
             if config.nonfinite.action == "skip":
                 row["train/skipped_batches"] = nonfinite.skipped
-            if metrics_log is not None:
-                metrics_log.append(step, row)
-            for callback in callbacks:
-                callback.on_log(step, {"step": step, **row})
+            log(row)
         if saves:
             nonfinite.flush()
             carried = meta | {"skipped": nonfinite.skipped, "last_eval": last_eval}

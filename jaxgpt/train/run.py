@@ -33,8 +33,8 @@ class Stage:
     trainable: which parameters, by path name, are trained; the others are frozen: never in a checkpoint, loaded anew.
     load: (abstract parameters, all of them) -> those that come from elsewhere, in place of init_fn's.
     sources: {"init_from": digest, ...}, what `load` reads; a run is resumed only from the same.
-    on_eval: called after each evaluation with (step, all parameters), to write samples. on_start: called with the step
-      that training goes on from. metric_group: as in LoopConfig.
+    on_eval: called after each evaluation with (step, all parameters), to write samples; what it returns joins the row of
+      metrics. on_start: called with the last step whose logs stay. metric_group: as in LoopConfig.
     """
 
     init_fn: Callable[[jax.Array], Any]
@@ -46,7 +46,7 @@ class Stage:
     trainable: Callable[[str], bool] = lambda name: True
     load: Callable[[Params], Params] | None = None
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
-    on_eval: Callable[[int, Params], None] = lambda step, params: None
+    on_eval: Callable[[int, Params], dict[str, float] | None] = lambda step, params: None
     on_start: Callable[[int], None] = lambda step: None
     metric_group: str = "train"
 
@@ -73,19 +73,20 @@ def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Trai
                 stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable, loaded=loaded
             )[:2]
             meta, start = {}, 0
+        last_logged = start if restored is not None else -1
         metrics_log = JsonLog(os.path.join(workdir, "metrics.jsonl")) if is_main else None
         if metrics_log is not None:
-            metrics_log.truncate_after(start)
+            metrics_log.truncate_after(last_logged)
             frozen_count = f" (and {tree.count(frozen):,} frozen ones)" if frozen else ""
             print(
                 f"{tree.count(state.params):,} parameters{frozen_count} on {_describe(mesh)}; training from step {start}.",
                 flush=True,
             )
-        stage.on_start(start)
+        stage.on_start(last_logged)
         watchers = _callbacks(config, workdir, start) if is_main else []
         try:
             state, step = train(
-                _loop_config(config, stage),
+                _loop_config(config, stage, start),
                 state=state,
                 frozen=frozen,
                 train_step=make_train_step(
@@ -138,8 +139,7 @@ def _evaluator(
                     row |= evaluate(eval_step, params, frozen, on_mesh, group + suffix)
         if len(stage.eval_batches) > 1:  # what keep-best and plots look at: the mean over the sets
             row["eval/loss"] = sum(row[f"eval/{name}/loss"] for name in stage.eval_batches) / len(stage.eval_batches)
-        stage.on_eval(step, tree.merge(state.params, frozen))
-        return row
+        return row | (stage.on_eval(step, tree.merge(state.params, frozen)) or {})
 
     return run_evaluation
 
@@ -153,11 +153,12 @@ def _callbacks(config: RunConfig, workdir: str, start: int) -> list[callbacks.Ca
     return watchers
 
 
-def _loop_config(config: RunConfig, stage: Stage) -> LoopConfig:
+def _loop_config(config: RunConfig, stage: Stage, start: int) -> LoopConfig:
     return LoopConfig(
         num_train_steps=config.num_train_steps,
         log_interval_steps=config.log_interval_steps,
         eval_interval_steps=config.eval_interval_steps,
+        eval_at_start=config.eval_at_start and start == 0,
         save_interval_steps=config.checkpoint.save_interval_steps,
         nonfinite=config.nonfinite,
         tokens_per_step=stage.tokens_per_step,

@@ -46,9 +46,27 @@ def test_it_is_the_same_every_time(corpus, tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
 
+def test_skipped_modules_give_neither_docstrings_nor_source_but_the_reference_stays(monkeypatch, tmp_path):
+    texts = {
+        "a": '"""Of a."""\nx = 1\n',
+        "b.c": '"""Of c."""\ny = 2\n',
+        "pydoc_data.topics": 'topics = {"if": "The if statement."}\n',
+    }
+    found = [stdlib_corpus.Module(name, text, ast.parse(text)) for name, text in texts.items()]
+    monkeypatch.setattr(stdlib_corpus, "modules", lambda root: found)
+
+    def sources(skip):
+        stdlib_corpus.write_stdlib_corpus(str(tmp_path / "c.jsonl"), max_bytes=1000, skip=skip)
+        return [json.loads(line)["source"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+
+    assert sources(lambda module: False) == ["topic if", "a", "b.c", "a", "b.c"]
+    assert sources(lambda module: module.startswith("b.")) == ["topic if", "a", "a"]
+    assert sources(lambda module: True) == ["topic if"]
+
+
 def test_source_pieces_join_to_the_file_without_its_docstrings():
     text = '"""Module."""\nimport os\n\n\n# why\n@cached\ndef f(x):\n    """Doc\n    string."""\n    return x\n' * 300
-    module = stdlib_corpus._Module("m", text, ast.parse(text))
+    module = stdlib_corpus.Module("m", text, ast.parse(text))
     pieces = [piece for _, piece in stdlib_corpus._sources([module])]
     first, rest = "import os\n\n\n# why\n@cached\ndef f(x):\n    return x\n", text[text.index("return x") + 9 :]
     assert len(pieces) > 1

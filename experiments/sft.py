@@ -1,0 +1,91 @@
+"""Supervised fine-tuning: a pretrained model becomes one that answers, by full training or by LoRA adapters.
+
+    python -m experiments.sft --config=configs/sft.py --workdir=runs/sft --config.init_from=runs/gpt \
+        --config.data.train=tasks.jsonl [--config.lora.rank=8]
+
+Records are {"prompt", "response"} or {"messages"}; data.fields maps other names. See configs/sft.py for presets.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments import cli
+from experiments.training import Job, sample_writer, train_in
+from jaxgpt import partition
+from jaxgpt.data import pipeline
+from jaxgpt.data.chat import Message
+from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
+from jaxgpt.data.packing import RowPlan, make_plan
+from jaxgpt.objectives.next_token import LossConfig, make_next_token
+from jaxgpt.train.config import SamplesConfig
+from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
+from jaxgpt.train.run import Stage
+from jaxgpt.train.throughput import training_flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(FinetuneConfig):
+    """One SFT run. samples.prompts are users' messages; samples.num_heldout prompts come from the held-out records."""
+
+    sft: SFTConfig = SFTConfig()
+    loss: LossConfig = LossConfig()
+    samples: SamplesConfig = SamplesConfig()
+
+
+def main(config: Config, workdir: str) -> None:
+    """Train the run in `workdir`, or go on with it."""
+    start = start_from(config)
+    train_in(workdir, "sft", config, start.model, functools.partial(prepare, config, workdir, start))
+
+
+def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: str) -> Job:
+    """The next-token objective over packed conversations, with weight on the responses."""
+    tokenizer, length = start.tokenizer, config.data.sequence_length
+
+    def make_rows(paths, split) -> RowPlan:
+        source = tokenize_conversations(paths, tokenizer, start.template, config.data, config.sft, split, cache_dir)
+        return make_plan(source, config.data.packing, length, tokenizer.pad_id)
+
+    data = pipeline.build_data(config.data, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
+    on_eval, on_start = sample_writer(
+        config.samples, start.model, tokenizer, workdir, mesh, sample_prompts(config, start, data),
+        start.template.stop_ids(tokenizer), config.seed,
+    )  # fmt: skip
+    rows = partition.local_rows(mesh, config.batch_size)
+    stage = Stage(
+        init_fn=start.init_fn(),
+        objective=make_next_token(start.model, config.loss, tokenizer.token_bytes_V),
+        **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed),
+        tokens_per_step=config.batch_size * length,
+        flops_per_token=training_flops_per_token(start.model, length),
+        trainable=start.trainable(),
+        load=functools.partial(start.load, mesh=mesh),
+        sources=start.sources,
+        on_eval=on_eval,
+        on_start=on_start,
+    )
+    return Job(stage, data, tokenizer, start.template, start.parents)
+
+
+def sample_prompts(config: Config, start: Start, data: pipeline.Data) -> list[tuple[str, np.ndarray, dict]]:
+    """The config's prompts, then the first ones of every held-out set, with the response that was held out."""
+    tokenizer = start.tokenizer
+    prompts: list[tuple[str, np.ndarray, dict]] = [
+        (text, start.template.encode_prompt(tokenizer, [Message("user", text)]), {}) for text in config.samples.prompts
+    ]
+    for name, plan in data.eval.items():
+        tokens, offsets, trained = plan.source.tokens, plan.source.offsets, plan.source.trained
+        for begin, end in zip(offsets[: config.samples.num_heldout], offsets[1:], strict=False):
+            ids, response = tokens[begin:end].astype(np.int32), np.flatnonzero(trained[begin:end])
+            prompt, reference = ids[: response[0]], ids[response]
+            more = {"reference": tokenizer.decode(reference), "source": name}
+            prompts.append((tokenizer.decode(prompt), prompt, more))
+    room = start.model.max_seq_length - config.samples.max_new_tokens
+    return [p for p in prompts if start.model.position != "learned" or len(p[1]) <= room]
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default_config="configs/sft.py")

@@ -1,0 +1,429 @@
+"""The report card of a reward model: what its rewards of held-out pairs say about it, and whether that is good enough.
+
+Axes in this file: N pairs, M = 2 N responses (the chosen ones, then the rejected ones), G prompts.
+"""
+
+import dataclasses
+import html
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95 % interval
+MAX_BINS = 10  # of calibration and of length
+MIN_PAIRS_PER_BIN = 20  # below, the calibration error of a bin is mostly luck
+MARGIN_BUCKETS = 4
+HISTOGRAM_BINS = 30
+MIN_PROMPTS = 10  # fewer cannot show how far the pairs of a prompt agree
+MAX_PLOTTED_SOURCES = 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairScores:
+    """A reward model's rewards of N held-out pairs; all fields are numpy arrays [N].
+
+    chosen_N, rejected_N: floats, reward units, all finite. chosen_lengths_N, rejected_lengths_N: ints, tokens of the
+    response. sources_N: strings, the name of the data source. margins_N: floats, how much better the chosen one is said
+    to be, 0 where the data say nothing. prompts_N: ints; pairs of the same prompt share an id.
+
+    Raises:
+      ValueError: naming the field, for no pairs, unequal shapes, a wrong kind of value, or one that is not finite.
+    """
+
+    chosen_N: np.ndarray
+    rejected_N: np.ndarray
+    chosen_lengths_N: np.ndarray
+    rejected_lengths_N: np.ndarray
+    sources_N: np.ndarray
+    margins_N: np.ndarray
+    prompts_N: np.ndarray
+
+    def __post_init__(self):
+        kinds = {"chosen_N": "f", "rejected_N": "f", "margins_N": "f", "sources_N": "U"}
+        shape = self.chosen_N.shape
+        if len(shape) != 1 or not shape[0]:
+            raise ValueError(f"chosen_N must hold the rewards of at least one pair, not an array of shape {shape}.")
+        for field in dataclasses.fields(self):
+            array, kind = getattr(self, field.name), kinds.get(field.name, "iu")
+            if array.shape != shape:
+                raise ValueError(f"{field.name} has shape {array.shape} where chosen_N has {shape}.")
+            if array.dtype.kind not in kind:
+                raise ValueError(f"{field.name} has the wrong dtype {array.dtype}.")
+            if kind == "f" and not np.isfinite(array).all():
+                where = int(np.flatnonzero(~np.isfinite(array))[0])
+                raise ValueError(f"{field.name} is {array[where]} at pair {where}; every value must be finite.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What a reward model must reach (section `report_card`). None switches a check off; 0 is a limit like any other.
+
+    A value equal to its limit passes.
+    min_accuracy: applied to the point estimate, not to the lower end of its interval: the limit is about the model, and
+      a smaller held-out set must not make it stricter. The card shows the interval beside it.
+    max_ece: expected calibration error. max_symmetry_gap: reward units, for swap_gap and pad_gap.
+    max_length_correlation: of the absolute correlation between reward and response length.
+    must_beat_length: the accuracy must exceed that of preferring the longer response; False does not compare.
+    """
+
+    min_accuracy: float | None = 0.55
+    max_ece: float | None = 0.15
+    max_symmetry_gap: float | None = 1e-3
+    max_length_correlation: float | None = 0.9
+    must_beat_length: bool = False
+
+    def __post_init__(self):
+        for name in ("min_accuracy", "max_ece", "max_length_correlation"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"report_card.{name} must be in [0, 1] or None, not {value}.")
+        gap = self.max_symmetry_gap
+        if gap is not None and not (math.isfinite(gap) and gap >= 0):
+            raise ValueError(f"report_card.max_symmetry_gap must be finite and not negative, or None, not {gap}.")
+
+
+def report_card(scores: PairScores, thresholds: Thresholds, *, swap_gap: float, pad_gap: float) -> dict[str, Any]:
+    """Judge a reward model by its rewards of held-out pairs.
+
+    swap_gap, pad_gap: the largest absolute change of a reward, in reward units, when chosen and rejected are swapped in
+    the batch, and when the sequences are padded differently.
+
+    Returns:
+      A dict ready for JSON. `accuracy`, each row of `by_source` and `by_margin` (with a "name"), and `length.longer_wins`
+      are rates {pairs, prompts, accuracy, low, high}: ties count 1/2, [low, high] is the 95 % `accuracy_interval`.
+      `margin_kind` says what `by_margin` goes by: the "stated margin", or where no pair has one the "reward difference".
+      `calibration` as `calibration` returns it, `length` as `length_bias`. `rewards` holds a histogram. `passed` is
+      whether `failures`, one sentence for each threshold that is not met, is empty.
+
+    Raises:
+      ValueError: if a gap is negative or not finite.
+    """
+    for name, gap in (("swap_gap", swap_gap), ("pad_gap", pad_gap)):
+        if not (math.isfinite(gap) and gap >= 0):
+            raise ValueError(f"{name} must be finite and not negative, not {gap}.")
+    difference_N = scores.chosen_N.astype(np.float64) - scores.rejected_N
+    correct_N = _wins(difference_N)
+    by_source = [
+        {"name": str(source), **_rate(correct_N, scores.prompts_N, np.flatnonzero(scores.sources_N == source))}
+        for source in np.unique(scores.sources_N)
+    ]
+    margin_kind, by_margin = _by_margin(scores, difference_N)
+    card = {
+        "accuracy": _rate(correct_N, scores.prompts_N),
+        "by_source": by_source,
+        "margin_kind": margin_kind,
+        "by_margin": by_margin,
+        "calibration": calibration(difference_N, scores.prompts_N),
+        "length": length_bias(scores),
+        "rewards": _histogram(scores),
+        "swap_gap": float(swap_gap),
+        "pad_gap": float(pad_gap),
+        "thresholds": dataclasses.asdict(thresholds),
+    }
+    failures = _failures(card, thresholds)
+    return card | {"passed": not failures, "failures": failures}
+
+
+def wilson_interval(rate: float, count: float) -> tuple[float, float]:
+    """The 95 % score interval (low, high) of a rate seen in `count` independent trials (count need not be whole).
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    shrink = 1 + Z**2 / count
+    center = (rate + Z**2 / (2 * count)) / shrink
+    half = Z / shrink * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
+    return min(rate, max(0.0, center - half)), max(rate, min(1.0, center + half))
+
+
+def accuracy_interval(correct_N: np.ndarray, prompts_N: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval (low, high) of the mean of correct_N (1, 0, or 1/2 for a tie), where pairs may share prompts.
+
+    Pairs of one prompt tend to be right or wrong together, so that N of them tell less than N independent ones. The
+    design effect is how many times larger the variance of the mean is, estimated from the sums of the residuals of each
+    prompt; the interval is Wilson's with N / design effect trials: exactly Wilson's where no prompt is shared. It is
+    deterministic, and stays sensible near 0 and 1, where a bootstrap over prompts has no width. Where the agreement
+    cannot be estimated (fewer than 10 prompts, or all pairs alike) it is taken to be complete.
+
+    Source: Rao and Scott 1992, A simple method for the analysis of clustered binary data.
+    """
+    count = len(correct_N)
+    rate = float(correct_N.mean())
+    _, group_N, sizes_G = np.unique(prompts_N, return_inverse=True, return_counts=True)
+    groups = len(sizes_G)
+    if groups < MIN_PROMPTS or rate in (0, 1):
+        effect = float(np.sum(sizes_G**2)) / count  # 1 where no prompt is shared
+    elif groups < count:
+        residuals_G = np.bincount(group_N, weights=correct_N - rate)
+        effect = groups / (groups - 1) * float(np.sum(residuals_G**2)) / (count * rate * (1 - rate))
+    else:
+        effect = 1.0
+    return wilson_interval(rate, count / max(effect, 1.0))
+
+
+def calibration(difference_N: np.ndarray, prompts_N: np.ndarray) -> dict[str, Any]:
+    """How well sigmoid(reward difference) predicts which response of a pair people chose (Bradley-Terry).
+
+    The chosen response comes first in the data, so each pair is turned to have the one the model prefers first: its
+    confidence is sigmoid(|difference|), and the outcome whether that one was the chosen (1/2 where the rewards tie).
+    Bins hold about equally many pairs; equal confidences share one.
+
+    Returns:
+      ece: sum over bins of its share of the pairs times |mean confidence - mean outcome|. ece_if_calibrated: about what
+      that is by chance for a calibrated model and as many independent pairs. brier: mean (1 - P(chosen))^2. log_loss:
+      mean -log P(chosen), nats. bins: rates with the mean "confidence", in ascending order.
+
+    Source: Naeini et al. 2015, Obtaining well calibrated probabilities using Bayesian binning, section 5 (ECE).
+    """
+    count = len(difference_N)
+    confidence_N = 1 / (1 + np.exp(-np.abs(difference_N)))
+    outcome_N = _wins(difference_N)
+    bins, ece, chance = [], 0.0, 0.0
+    for members in equal_count_groups(confidence_N, min(MAX_BINS, max(count // MIN_PAIRS_PER_BIN, 1))):
+        confidence = confidence_N[members]
+        bins.append({"confidence": float(confidence.mean()), **_rate(outcome_N, prompts_N, members)})
+        ece += abs(float(np.sum(confidence - outcome_N[members]))) / count
+        chance += math.sqrt(2 / math.pi * float(np.sum(confidence * (1 - confidence)))) / count  # E|x|, x normal
+    chosen_N = np.where(difference_N < 0, 1 - confidence_N, confidence_N)
+    return {
+        "ece": ece,
+        "ece_if_calibrated": chance,
+        "brier": float(np.mean((1 - chosen_N) ** 2)),
+        "log_loss": float(np.mean(np.logaddexp(0, -difference_N))),
+        "bins": bins,
+    }
+
+
+def length_bias(scores: PairScores) -> dict[str, Any]:
+    """How far the reward goes by the length of the response; a response in several pairs counts in each.
+
+    Returns:
+      reward_per_100_tokens and intercept (reward units) of the least-squares line over all responses, their Pearson
+      correlation (slope and correlation are 0 where lengths or rewards are constant), longer_wins: the rate at which the
+      longer response is the chosen, and bins of about equally many responses: {responses, tokens, reward, std}, means
+      and the standard deviation of the reward.
+    """
+    lengths_M = np.concatenate([scores.chosen_lengths_N, scores.rejected_lengths_N]).astype(np.float64)
+    rewards_M = np.concatenate([scores.chosen_N, scores.rejected_N]).astype(np.float64)
+    slope = correlation = 0.0
+    if np.ptp(lengths_M) and np.ptp(rewards_M):
+        x_M, y_M = lengths_M - lengths_M.mean(), rewards_M - rewards_M.mean()
+        slope = float(x_M @ y_M / (x_M @ x_M))
+        correlation = float(np.clip(x_M @ y_M / (np.linalg.norm(x_M) * np.linalg.norm(y_M)), -1, 1))
+    longer_N = scores.chosen_lengths_N.astype(np.int64) - scores.rejected_lengths_N.astype(np.int64)
+    bins = [
+        {
+            "responses": len(members),
+            "tokens": float(lengths_M[members].mean()),
+            "reward": float(rewards_M[members].mean()),
+            "std": float(rewards_M[members].std()),
+        }
+        for members in equal_count_groups(lengths_M, MAX_BINS)
+    ]
+    return {
+        "reward_per_100_tokens": 100 * slope,
+        "intercept": float(rewards_M.mean() - slope * lengths_M.mean()),
+        "correlation": correlation,
+        "longer_wins": _rate(_wins(longer_N), scores.prompts_N),
+        "bins": bins,
+    }
+
+
+def equal_count_groups(values_N: np.ndarray, groups: int) -> list[np.ndarray]:
+    """The indices of at most `groups` groups of about equal size, by ascending value; equal values are never parted."""
+    count = len(values_N)
+    last = [k * count // groups - 1 for k in range(1, groups)]  # -1, the largest, parts nothing
+    group_N = np.searchsorted(np.unique(np.sort(values_N)[last]), values_N)  # 0 up to and with the first edge
+    return [np.flatnonzero(group_N == g) for g in np.unique(group_N)]
+
+
+def _wins(difference_N: np.ndarray) -> np.ndarray:
+    """1 where positive, 0 where negative, 1/2 where 0."""
+    return (np.sign(difference_N) + 1) / 2
+
+
+def _rate(correct_N: np.ndarray, prompts_N: np.ndarray, members: np.ndarray | slice = slice(None)) -> dict[str, Any]:
+    correct, prompts = correct_N[members], prompts_N[members]
+    low, high = accuracy_interval(correct, prompts)
+    counts = {"pairs": len(correct), "prompts": len(np.unique(prompts))}
+    return {**counts, "accuracy": float(correct.mean()), "low": low, "high": high}
+
+
+def _by_margin(scores: PairScores, difference_N: np.ndarray) -> tuple[str, list[dict[str, Any]]]:
+    """What the buckets go by, and the rate of each quarter of the pairs; pairs without a margin are one more bucket."""
+    correct_N, has_margin_N = _wins(difference_N), scores.margins_N != 0
+    kind, size_N = "stated margin", np.abs(scores.margins_N)
+    if not has_margin_N.any():
+        kind, size_N, has_margin_N = "reward difference", np.abs(difference_N), np.ones_like(has_margin_N)
+    known = np.flatnonzero(has_margin_N)
+    rows = []
+    for group in equal_count_groups(size_N[known], MARGIN_BUCKETS):
+        members = known[group]
+        low, high = (f"{v:.3g}" for v in (size_N[members].min(), size_N[members].max()))
+        name = f"{kind} {low}" + (f" to {high}" if high != low else "")
+        rows.append({"name": name, **_rate(correct_N, scores.prompts_N, members)})
+    if not has_margin_N.all():
+        rows.append({"name": "no stated margin", **_rate(correct_N, scores.prompts_N, np.flatnonzero(~has_margin_N))})
+    return kind, rows
+
+
+def _histogram(scores: PairScores) -> dict[str, Any]:
+    """Means, and counts of the chosen and the rejected rewards between common edges (the last bin holds both its ends)."""
+    low = float(min(scores.chosen_N.min(), scores.rejected_N.min()))
+    high = float(max(scores.chosen_N.max(), scores.rejected_N.max()))
+    scale = max(abs(low), abs(high), 1.0)
+    if high - low < 1e-9 * scale:  # a model that gives everything one reward
+        low, high = low - scale / 2, high + scale / 2
+    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
+    return {
+        "chosen_mean": float(scores.chosen_N.mean()),
+        "rejected_mean": float(scores.rejected_N.mean()),
+        "edges": edges.tolist(),
+        "chosen": np.histogram(scores.chosen_N, edges)[0].tolist(),
+        "rejected": np.histogram(scores.rejected_N, edges)[0].tolist(),
+    }
+
+
+def _failures(card: dict[str, Any], thresholds: Thresholds) -> list[str]:
+    accuracy, longer = card["accuracy"]["accuracy"], card["length"]["longer_wins"]["accuracy"]
+    found = []
+    if thresholds.min_accuracy is not None and accuracy < thresholds.min_accuracy:
+        found.append(f"The accuracy is {accuracy:.6g}, below report_card.min_accuracy={thresholds.min_accuracy}.")
+    for text, value, name in (
+        ("expected calibration error", card["calibration"]["ece"], "max_ece"),
+        ("change of a reward when a pair is swapped", card["swap_gap"], "max_symmetry_gap"),
+        ("change of a reward with other padding", card["pad_gap"], "max_symmetry_gap"),
+        ("correlation of reward with length", card["length"]["correlation"], "max_length_correlation"),
+    ):
+        limit = getattr(thresholds, name)
+        if limit is not None and abs(value) > limit:
+            size = " in size" if value < 0 else ""
+            found.append(f"The {text} is {value:.6g}, above report_card.{name}={limit}{size}.")
+    if thresholds.must_beat_length and accuracy <= longer:
+        found.append(
+            f"The accuracy is {accuracy:.6g} and preferring the longer response reaches {longer:.6g}, "
+            "against report_card.must_beat_length=True."
+        )
+    return found
+
+
+def report_card_html(card: dict[str, Any]) -> str:
+    """The card as an HTML fragment with the heading "Report card": verdict, values beside their limits, all rates."""
+    limits, length, fit = card["thresholds"], card["length"], card["calibration"]
+    beaten = "less than the accuracy" if limits["must_beat_length"] else "not checked"
+    correlation = _limit("size at most", limits["max_length_correlation"])
+    symmetry = _limit("at most", limits["max_symmetry_gap"])
+    rows = [
+        ("accuracy", _rate_text(card["accuracy"]), _limit("at least", limits["min_accuracy"])),
+        ("accuracy of preferring the longer response", _rate_text(length["longer_wins"]), beaten),
+        ("expected calibration error", f"{fit['ece']:.4g}", _limit("at most", limits["max_ece"])),
+        ("the same of a calibrated model, by chance", f"{fit['ece_if_calibrated']:.4g}", ""),
+        ("Brier score", f"{fit['brier']:.4g}", ""),
+        ("log loss (nats)", f"{fit['log_loss']:.4g}", ""),
+        ("correlation of reward with length", f"{length['correlation']:.4g}", correlation),
+        ("reward per 100 tokens", f"{length['reward_per_100_tokens']:.4g}", ""),
+        ("mean reward of chosen", f"{card['rewards']['chosen_mean']:.4g}", ""),
+        ("mean reward of rejected", f"{card['rewards']['rejected_mean']:.4g}", ""),
+        ("change of a reward when a pair is swapped", f"{card['swap_gap']:.4g}", symmetry),
+        ("change of a reward with other padding", f"{card['pad_gap']:.4g}", symmetry),
+    ]
+    groups = [
+        (row["name"], _rate_text(row), f"{row['pairs']:,}", f"{row['prompts']:,}")
+        for row in (card["accuracy"] | {"name": "all"}, *card["by_source"], *card["by_margin"])
+    ]
+    failures = "".join(f"<li>{html.escape(sentence)}" for sentence in card["failures"])
+    return (
+        f"<h2>Report card</h2><p><b>{'Passed' if card['passed'] else 'Failed'}</b></p>"
+        f"{f'<ul>{failures}</ul>' if failures else ''}{_table(('', 'value', 'limit'), rows)}"
+        f"<h3>Accuracy</h3>{_table(('of', 'accuracy (95 % interval)', 'pairs', 'prompts'), groups)}"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}" for cell in header)
+    body = "".join(
+        f"<tr><td>{html.escape(name)}{''.join(f'<td class=number>{html.escape(cell)}' for cell in cells)}"
+        for name, *cells in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _rate_text(rate: dict[str, Any]) -> str:
+    return f"{rate['accuracy']:.4f} ({rate['low']:.4f} to {rate['high']:.4f})"
+
+
+def _limit(words: str, value: float | None) -> str:
+    return "not checked" if value is None else f"{words} {value:g}"
+
+
+def plot_report_card(card: dict[str, Any], folder: str) -> list[str]:
+    """Draw the card into folder/report_card.png: calibration, rewards, reward by length, accuracies; returns its path."""
+    os.makedirs(folder, exist_ok=True)
+    figure = Figure(figsize=(11, 8), layout="constrained", dpi=110)
+    for axes, draw in zip(figure.subplots(2, 2).flat, (_calibration, _rewards, _length, _accuracies), strict=True):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes, card)
+        axes.title.set_fontsize(10)
+        axes.legend(frameon=False, fontsize=8)
+    path = os.path.join(folder, "report_card.png")
+    FigureCanvasAgg(figure).print_png(path)
+    return [path]
+
+
+def _whiskers(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """The lengths of error bars below and above each rate."""
+    return [[r["accuracy"] - r["low"] for r in rows], [r["high"] - r["accuracy"] for r in rows]]
+
+
+def _calibration(axes: Axes, card: dict[str, Any]) -> None:
+    bins = card["calibration"]["bins"]
+    x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+    axes.plot([0.5, 1], [0.5, 1], color="0.5", linewidth=1, linestyle="--", label="calibrated")
+    axes.errorbar(x, y, yerr=_whiskers(bins), fmt="o-", color="C0", markersize=4, capsize=2, label="model")
+    for b in bins:
+        axes.annotate(f"{b['pairs']:,}", (b["confidence"], b["high"]), xytext=(0, 3), textcoords="offset points",
+                      ha="center", fontsize=7, color="0.4")  # fmt: skip
+    axes.set(title=f"calibration: ECE {card['calibration']['ece']:.3f} (numbers: pairs)",
+             xlabel="predicted probability of the preferred response", ylabel="how often it was the chosen")  # fmt: skip
+
+
+def _rewards(axes: Axes, card: dict[str, Any]) -> None:
+    rewards = card["rewards"]
+    for name, color in (("chosen", "C0"), ("rejected", "C1")):
+        axes.stairs(rewards[name], rewards["edges"], fill=True, alpha=0.5, color=color, label=name)
+        axes.axvline(rewards[f"{name}_mean"], color=color, linewidth=1, linestyle="--")
+    axes.set(title="rewards (dashed: means)", xlabel="reward", ylabel="responses")
+
+
+def _length(axes: Axes, card: dict[str, Any]) -> None:
+    length = card["length"]
+    bins, slope = length["bins"], length["reward_per_100_tokens"] / 100
+    x = [b["tokens"] for b in bins]
+    axes.errorbar(x, [b["reward"] for b in bins], yerr=[b["std"] for b in bins], fmt="o", color="C0", markersize=4,
+                  capsize=2, label="mean ± std")  # fmt: skip
+    ends = [x[0], x[-1]]
+    axes.plot(ends, [length["intercept"] + slope * end for end in ends], color="C1", label="least squares")
+    axes.set(title=f"reward by length: correlation {length['correlation']:.3f}",
+             xlabel="tokens of the response", ylabel="reward")  # fmt: skip
+
+
+def _accuracies(axes: Axes, card: dict[str, Any]) -> None:
+    sources = sorted(card["by_source"], key=lambda row: -row["pairs"])[:MAX_PLOTTED_SOURCES]
+    rows = [card["accuracy"] | {"name": "all"}, *sources, *card["by_margin"]]
+    axes.errorbar([r["accuracy"] for r in rows], range(len(rows)), xerr=_whiskers(rows), fmt="o", color="C0",
+                  markersize=4, capsize=2)  # fmt: skip
+    axes.axvline(0.5, color="0.5", linewidth=1, linestyle="--", label="chance")
+    longer = card["length"]["longer_wins"]["accuracy"]
+    axes.axvline(longer, color="C1", linewidth=1, linestyle=":", label="longer wins")
+    # A name is the user's: a dollar sign in it is no formula.
+    names = [r["name"] if len(r["name"]) <= 24 else f"{r['name'][:23]}…" for r in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.set(title="accuracy with 95 % intervals", xlabel="accuracy")
