@@ -7,6 +7,7 @@ Presets:
 
   full   every parameter, one epoch: reward models overfit soon (Stiennon et al. 2020). The default.
   lora   adapters of rank 8 on every linear map, and the new head.
+  quickstart  what `make quickstart` uses.
 
 Anthropic's HH files are read as they are: --config.data.train=hh_harmless.jsonl.gz.
 """
@@ -19,6 +20,7 @@ def get_config(preset: str = "full") -> ConfigDict:
     presets = {
         "full": {"optimizer": {"learning_rate": 1e-4}},
         "lora": {"optimizer": {"learning_rate": 1e-3}, "lora": {"rank": 8}},
+        "quickstart": {"optimizer": {"learning_rate": 5e-4}, "data": {"sequence_length": 128, "eval_batches": 0}},
     }
     if preset not in presets:
         raise ValueError(f"configs/reward.py has no preset {preset!r}; there are {', '.join(presets)}.")

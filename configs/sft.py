@@ -7,6 +7,7 @@ Presets:
 
   full   every parameter, three epochs. The default.
   lora   adapters of rank 8 on every linear map; ten times the learning rate (Schulman et al. 2025, LoRA Without Regret).
+  quickstart  what `make quickstart` uses.
 
 Other names in the records are mapped by data.fields, also with paths and texts between:
 
@@ -22,6 +23,7 @@ def get_config(preset: str = "full") -> ConfigDict:
     presets = {
         "full": {"optimizer": {"learning_rate": 3e-4}},
         "lora": {"optimizer": {"learning_rate": 3e-3}, "lora": {"rank": 8}},
+        "quickstart": {"optimizer": {"learning_rate": 1e-3}, "data": {"sequence_length": 128, "eval_batches": 0}},
     }
     if preset not in presets:
         raise ValueError(f"configs/sft.py has no preset {preset!r}; there are {', '.join(presets)}.")

@@ -65,10 +65,13 @@ def train_in(
         job = prepare(mesh, cache_dir)
         rows = sum(stats["rows"] for label, stats in job.data.stats.items() if label.startswith("train/"))
         config = dataclasses.replace(config, num_train_steps=config.num_steps(rows))
+        resolved["num_train_steps"] = config.num_train_steps
         is_main = jax.process_index() == 0
         if is_main:
             for label, stats in job.data.stats.items():
                 print(f"{label}: " + ", ".join(f"{count:,} {what}" for what, count in stats.items()))
+            if done:  # it goes on: what starts from it must not take its newest checkpoint for the finished one
+                os.remove(os.path.join(workdir, "manifest.json"))
             workdirs.write_config(workdir, resolved)
             job.tokenizer.save(workdir)
             if job.template is not None:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from configs import benchmark, pretrain
-from experiments import cli
+from experiments import cli, dpo, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.generate import GenerateConfig
 from experiments.tokenizer import Config as TokenizerStage
@@ -20,11 +20,16 @@ STAGES = {
     "tokenizer": TokenizerStage,
     "generate": GenerateConfig,
     "benchmark": BenchmarkConfig,
+    "sft": sft.Config,
+    "reward": reward.Config,
+    "dpo": dpo.Config,
 }
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
     ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),
-    ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"),
+    ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
+    ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
+    ("dpo", "lora"),
 ]  # fmt: skip
 
 

@@ -56,19 +56,9 @@ def tokenize_conversations(
     def write(folder: Path) -> None:
         with ExampleWriter(folder, tokenizer) as writer:
             for record in records_of_side(paths, config, split, lambda r: chat.conversation(r, config.fields)):
-                messages = record.content
-                if chat.has_empty_response(messages):
-                    if sft.empty_response == "error":
-                        raise ValueError(
-                            f"{record.path}, line {record.line}: the response is empty; sft.empty_response=drop leaves such "
-                            "records out."
-                        )
-                    writer.notes["dropped, empty response"] += 1
-                    continue
-                encoded = encode(record, template, tokenizer, messages, sft.loss_on)
-                fitted = fit(encoded, limit, sft.too_long, writer.notes)
-                if fitted is not None:
-                    writer.add(fitted, num_bytes=sum(len(m.content.encode()) for m in messages))
+                example = _example(record, tokenizer, template, sft, limit, writer.notes)
+                if example is not None:
+                    writer.add(example, num_bytes=sum(len(m.content.encode()) for m in record.content))
         check_left(writer, paths, config, split)
 
     recipe = {
@@ -76,6 +66,29 @@ def tokenize_conversations(
         **split_recipe(config, split),
     }  # fmt: skip
     return cached_source(cache_dir, paths, tokenizer, config, recipe, write)
+
+
+def _example(
+    record: "Located",
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    sft: SFTConfig,
+    limit: int,
+    notes: collections.Counter,
+) -> Encoded | None:
+    """What is written of a conversation; None where it is dropped."""
+    if chat.has_empty_response(record.content):
+        if sft.empty_response == "error":
+            raise ValueError(
+                f"{record.path}, line {record.line}: the response is empty; sft.empty_response=drop leaves such records out."
+            )
+        notes["dropped, empty response"] += 1
+        return None
+    encoded = encode(record, template, tokenizer, record.content, sft.loss_on)
+    response = encoded.trained
+    if sft.loss_on == "all" and len(encoded.ids) > limit:  # the prompt is trained on, but cannot stand for a response
+        response = encode(record, template, tokenizer, record.content, "assistant").trained
+    return fit(encoded, limit, sft.too_long, notes, response)
 
 
 def encode(
@@ -88,8 +101,13 @@ def encode(
         raise ValueError(f"{record.path}, line {record.line}: {error}") from error
 
 
-def fit(encoded: Encoded, limit: int, too_long: TooLong, notes: collections.Counter) -> Encoded | None:
-    """The conversation in at most `limit` tokens, BOS included, or None where it is dropped; counted in notes."""
+def fit(
+    encoded: Encoded, limit: int, too_long: TooLong, notes: collections.Counter, response: np.ndarray
+) -> Encoded | None:
+    """The conversation in at most `limit` tokens, BOS included, or None where it is dropped; counted in notes.
+
+    response: bool [n], the tokens of which some must be left.
+    """
     ids, trained = encoded
     if len(ids) <= limit:
         return encoded
@@ -97,12 +115,11 @@ def fit(encoded: Encoded, limit: int, too_long: TooLong, notes: collections.Coun
         notes["dropped, too long"] += 1
         return None
     rest = slice(len(ids) - limit + 1, None) if too_long == "truncate_left" else slice(1, limit)
-    ids, trained = (np.concatenate([a[:1], a[rest]]) for a in (ids, trained))
-    if not trained.any():
+    if not response[rest].any():
         notes["dropped, no response left"] += 1
         return None
     notes["truncated"] += 1
-    return Encoded(ids, trained)
+    return Encoded(*(np.concatenate([a[:1], a[rest]]) for a in (ids, trained)))
 
 
 class Located(NamedTuple):
@@ -118,7 +135,7 @@ def records_of_side(
 ) -> Iterator[Located]:
     """Every record of the files that is on this side, as `read` makes it, with a progress bar.
 
-    read: record -> messages, or an object with a `prompt` of messages. The side is decided by the prompt's hash.
+    read: record -> messages, or an object with `prompt`, their `chat.hashable_prompt`: its hash decides the side.
     """
     if config.holdout.by == "position" and split != "all":
         raise ValueError("data.holdout.by='position' is for plain text; records are split by 'hash'.")
@@ -127,10 +144,12 @@ def records_of_side(
             for record in sources.read_records(path):
                 progress.update()
                 content = read(record)
-                prompt = getattr(content, "prompt", None)
-                key = chat.hashable_prompt(content) if prompt is None else prompt
-                if split == "all" or sources.is_held_out(key, config.holdout.fraction) == (split == "held_out"):
-                    yield Located(content, record.path, record.line)
+                if split != "all":
+                    prompt = getattr(content, "prompt", None)
+                    key = chat.hashable_prompt(content) if prompt is None else prompt
+                    if sources.is_held_out(key, config.holdout.fraction) != (split == "held_out"):
+                        continue
+                yield Located(content, record.path, record.line)
 
 
 def split_recipe(config: DataConfig, split: Split) -> dict[str, Any]:
@@ -171,12 +190,9 @@ class ExampleWriter:
 def check_left(writer: ExampleWriter, paths: Sequence[str], config: DataConfig, split: Split) -> None:
     """ValueError where nothing was written."""
     if not len(writer):
-        dropped = ", ".join(f"{count} {what}" for what, count in writer.notes.items())
-        raise ValueError(
-            f"No record of {', '.join(paths[:3])} is left on the {split.replace('_', '-')} side"
-            + (
-                f" ({dropped}); data.sequence_length={config.sequence_length}."
-                if dropped
-                else "; set data.holdout.fraction."
-            )
-        )
+        dropped = ", ".join(f"{count} {what}" for what, count in writer.notes.items() if count)
+        side = "" if split == "all" else f" on the {split.replace('_', '-')} side"
+        why = f" ({dropped}); data.sequence_length={config.sequence_length}."
+        if not dropped:
+            why = f"; data.holdout.fraction={config.holdout.fraction} leaves none there: set another, or data.eval."
+        raise ValueError(f"No record of {', '.join(paths[:3])} is left{side}{why}")

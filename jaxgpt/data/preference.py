@@ -16,6 +16,7 @@ from jaxgpt.data.chat import ChatTemplate, Encoded, Message
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.conversations import (
     ExampleWriter,
+    Located,
     TooLong,
     check_left,
     encode,
@@ -52,36 +53,63 @@ def preference(record: Record, fields: Mapping[str, str]) -> Preference:
 
     Raises ValueError naming file and line: a missing field, a wrong type, fewer than two responses, equal responses.
     """
-    margin = record.fields.get(fields.get("margin", "margin"), 0.0)
+    margin = _margin(record, fields)
+    groups = _ranked_texts(record, fields)
+    texts = [text for group in groups for text in group]
+    ranks = [rank for rank, group in enumerate(groups) for _ in group]
+    if sources.present_field(record, ["prompt"], fields):
+        prompt = chat.prompt_messages(record, fields)
+        conversations = [[*prompt, Message("assistant", text)] for text in texts]
+    else:
+        conversations = [_transcript(record, text) for text in texts]
+        prompt = []
+    # Templates may trim what a message says, so that white space alone makes no difference.
+    if len({tuple((m.role, m.content.strip()) for m in c) for c in conversations}) < len(texts):
+        raise _error(record, "two responses are equal, so that neither can be better")
+    prompt = prompt or _common_prompt(record, conversations)
+    return Preference(conversations, ranks, margin, chat.hashable_prompt([*prompt, Message("assistant", "")]))
+
+
+def _margin(record: Record, fields: Mapping[str, str]) -> float:
+    """The field "margin"; 0 where neither the record nor data.fields has one."""
+    if not sources.present_field(record, ["margin"], fields):
+        return 0.0
+    margin, key = sources.required_field(record, "margin", fields, object), fields.get("margin", "margin")
     if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise _error(record, f"the field 'margin' must be a number, not {type(margin).__name__}")
-    if fields.get("responses", "responses") in record.fields:
+        raise _error(record, f"the field {key!r} must be a number, not {type(margin).__name__}")
+    if not abs(margin) <= float(np.finfo(np.float32).max):
+        raise _error(record, f"the field {key!r} must be a finite number, not {margin}")
+    return float(margin)
+
+
+def _ranked_texts(record: Record, fields: Mapping[str, str]) -> list[list[str]]:
+    """The responses, best first; those in one list tie."""
+    either = ("responses", *(name for pair in ALIASES for name in pair))
+    if sources.present_field(record, either, fields) == "responses":
         levels = sources.required_field(record, "responses", fields, list)
         groups = [level if isinstance(level, list) else [level] for level in levels]
     else:
         names = [sources.present_field(record, pair, fields) or pair[0] for pair in ALIASES]
         groups = [[sources.required_field(record, name, fields, str)] for name in names]
     texts = [text for group in groups for text in group]
-    ranks = [rank for rank, group in enumerate(groups) for _ in group]
-    if not all(isinstance(text, str) for text in texts):
-        raise _error(record, "every response must be a string")
+    for text in texts:
+        if not isinstance(text, str):
+            raise _error(record, f"every response must be a string, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _error(record, f"a response has half a surrogate pair at character {error.start}") from error
+    if not all(groups):
+        raise _error(record, "a list of responses that tie is empty")
     if len(texts) < 2:
         raise _error(record, f"a preference needs at least two responses, not {len(texts)}")
-    if len({text.strip() for text in texts}) < len(texts):
-        raise _error(record, "two responses are equal, so that neither can be better")
-    if fields.get("prompt", "prompt") in record.fields:
-        prompt = chat.prompt_messages(record, fields)
-        conversations = [[*prompt, Message("assistant", text)] for text in texts]
-    else:
-        conversations = [_transcript(record, text) for text in texts]
-        prompt = _common_prompt(record, conversations)
-    return Preference(conversations, ranks, float(margin), chat.hashable_prompt([*prompt, Message("assistant", "")]))
+    return groups
 
 
 def _transcript(record: Record, text: str) -> list[Message]:
     """The turns of an HH transcript."""
     before, *parts = _TURN.split(text)
-    if before.strip() or not parts:
+    if before.strip() or not parts or parts[0] != "Human":
         raise _error(record, "without a field 'prompt' a response must be a transcript that begins with '\\n\\nHuman:'")
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [Message(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
@@ -131,6 +159,10 @@ class RankedRows:
     def margins(self) -> np.ndarray:
         """f32 [prompts], of the records."""
         return map_file(Path(self.source.path) / "margins.bin", "float32", self.source.notes["prompts"])
+
+    def __getstate__(self) -> dict:
+        # As of TokenizedSource: worker processes map the files themselves.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def max_candidates(self) -> int:
@@ -183,7 +215,10 @@ def tokenize_preferences(
     """The preferences of one side of the held-out split of some files, from the cache or tokenized now.
 
     A prompt with a response that does not fit data.sequence_length is dropped whole, or its responses are truncated, as
-    too_long says; both are counted in `source.notes`. Trained on is each conversation's last turn.
+    too_long says; dropped is also one with an empty response, or with two that truncation makes equal. All are counted in
+    `source.notes`. Trained on is each conversation's last turn.
+
+    Raises ValueError naming file and line, for records as `preference`; where nothing is left.
     """
 
     def write(folder: Path) -> None:
@@ -192,8 +227,9 @@ def tokenize_preferences(
         margins: array.array = array.array("f")
         with ExampleWriter(folder, tokenizer) as writer:
             for record in records_of_side(paths, config, split, lambda r: preference(r, config.fields)):
-                examples, notes = _fit_all(record, tokenizer, template, config, too_long)
-                writer.notes.update(notes)
+                examples, note = _fit_all(record, tokenizer, template, config, too_long)
+                if note:
+                    writer.notes[note] += 1
                 if not examples:
                     continue
                 for example, messages in zip(examples, record.content.conversations, strict=True):
@@ -216,18 +252,24 @@ def tokenize_preferences(
 
 
 def _fit_all(
-    record: Any, tokenizer: Tokenizer, template: ChatTemplate, config: DataConfig, too_long: TooLong
-) -> tuple[list[Encoded], dict[str, int]]:
-    """The record's examples, none where one of them has to be dropped, and what to count: prompts, not responses."""
-    notes: collections.Counter = collections.Counter()
+    record: Located, tokenizer: Tokenizer, template: ChatTemplate, config: DataConfig, too_long: TooLong
+) -> tuple[list[Encoded], str | None]:
+    """The record's examples, none where one of them has to be dropped, and what to count of the prompt."""
     examples = []
+    note = None
     for messages in record.content.conversations:
+        if not messages[-1].content.strip():
+            return [], "dropped, empty response"
         encoded = encode(record, template, tokenizer, messages, "completion")
-        fitted = fit(encoded, config.sequence_length, too_long, notes)
-        if fitted is not None:
-            examples.append(fitted)
-    counted = dict.fromkeys(notes, 1)
-    return (examples if len(examples) == len(record.content.conversations) else []), counted
+        counted: collections.Counter = collections.Counter()
+        fitted = fit(encoded, config.sequence_length, too_long, counted, encoded.trained)
+        note = next(iter(counted), note)
+        if fitted is None:
+            return [], note
+        examples.append(fitted)
+    if len({example.ids.tobytes() for example in examples}) < len(examples):
+        return [], "dropped, equal once truncated"
+    return examples, note
 
 
 def build_preferences(

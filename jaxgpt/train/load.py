@@ -83,13 +83,13 @@ def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
 def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
     """A run's config and parameters without adapters: those it has are merged into the base they were trained on.
 
-    Raises ValueError where the base is no longer the one that the run's manifest names.
+    Raises ValueError where the base is no longer the one that the run's checkpoints name.
     """
     abstract = abstract_params(run.config, mesh)
     if not run.config.lora.rank:
         return run.config, load_params(run.workdir, abstract)
     base = read_run(run.base)
-    stored = (read_manifest(run.workdir) or {}).get("parents", {}).get("init_from", {}).get("digest")
+    stored = _named_base(run.workdir)
     if stored is not None and stored != base.digest():
         raise ValueError(
             f"init_from: the adapters in {run.workdir} were trained on the base {stored[:12]}, but {run.base} now has the "
@@ -98,10 +98,24 @@ def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
     trained, frozen = tree.split(abstract, trainable(run.config))
     trained = load_params(run.workdir, trained)
     base_params = load_trunk(base, frozen, mesh)
-    plain, merged = lora.merge(run.config, abstract)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, _only(abstract, tree.named_leaves(merged)))
+    plain = without_adapters(run.config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plain, mesh))
     merge = jax.jit(lambda params: lora.merge(run.config, params)[1], out_shardings=shardings)
     return plain, merge(tree.merge(trained, base_params))
+
+
+def _named_base(workdir: str) -> str | None:
+    """The digest of the base that a run's checkpoints name; a resume sees to it that all of them name the same."""
+    root = os.path.join(workdir, "checkpoints")
+    committed = [name.removesuffix(".json") for name in _listdir(os.path.join(root, "digests"))]
+    for step in set(committed) & set(_listdir(root)):
+        with open(os.path.join(root, step, "meta", "metadata")) as file:
+            return json.load(file)["sources"]["init_from"]
+    return None
+
+
+def _listdir(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
@@ -121,10 +135,6 @@ def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
             raise ValueError(f"init_from: {name} has the shape {leaf.shape} here, but {run.workdir} has {there}.")
         found[name] = theirs[name]
     return tree.from_named(found)
-
-
-def _only(params: Params, names) -> Params:
-    return tree.split(params, lambda name: name in names)[0]
 
 
 def trainable(config: ModelConfig) -> Callable[[str], bool]:

@@ -61,12 +61,13 @@ def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Trai
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint) as checkpointer, StopSignal() as stop:
         restored = checkpointer.restore(abstract)
+        if restored is not None:
+            _check_sources(restored[1].get("sources", {}), stage.sources, workdir)
         loaded: Params = {}
         if stage.load is not None and (restored is None or abstract_frozen):
             loaded = stage.load(tree.merge(abstract.params, abstract_frozen))
         if restored is not None:
             state, meta, start = restored
-            _check_sources(meta.get("sources", {}), stage.sources, workdir)
             frozen = tree.split(loaded, lambda name: not stage.trainable(name))[0]
         else:
             state, frozen = init_state(

@@ -1,5 +1,7 @@
 """A tiny corpus, its tokenizer and the command line of a tiny pretraining run, shared by the tests of the stages."""
 
+import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -10,6 +12,24 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+# A command that kills itself once FILE holds the rows of STEP: it dies at that very place, however busy the machine is.
+KILLED = """
+import os, runpy, signal, sys
+from jaxgpt.train.workdir import JsonLog
+
+_, name, step, stage = sys.argv[:4]
+append = JsonLog.append
+
+def append_and_die(log, at, *rows):
+    append(log, at, *rows)
+    if at == int(step) and log._path.endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+JsonLog.append = append_and_die
+sys.argv = sys.argv[3:]
+runpy.run_module(f"experiments.{stage}", run_name="__main__", alter_sys=True)
+"""
+
 
 def command(stage: str, *arguments: str, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
     """Run a stage in a process of its own and return what it printed."""
@@ -17,6 +37,25 @@ def command(stage: str, *arguments: str, devices: int = 1, **kwargs) -> subproce
         [sys.executable, "-m", f"experiments.{stage}", *arguments],
         cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300, check=False, **kwargs,
     )  # fmt: skip
+
+
+def killed(file: str, step: int, stage: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a stage that is killed as soon as it has written the rows of a step to one of its logs."""
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, file, str(step), stage, *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def here(stage: str, *arguments: str) -> None:
+    """Run a stage in this process, on its eight devices; ValueError where the command would say it and exit with 2."""
+    from experiments import cli
+
+    module = importlib.import_module(f"experiments.{stage}")
+    rest, overrides = cli.split_overrides(["", *arguments])
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in rest[1:])
+    config = cli.load_config(str(ROOT / flags.get("config", f"configs/{stage}.py")), overrides, module.Config)
+    module.main(config, flags["workdir"])
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -68,3 +107,39 @@ def finished(arguments, tmp_path_factory):
                    "--config.samples.max_new_tokens=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return workdir, done
+
+
+NAMES, VERBS = ("Ann", "Bob", "Cid", "Dora"), ("sees", "likes", "calls")
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> dict[str, str]:
+    """Files of records: two tasks that the prompt tells apart, and preferences for answers that go on with " and 6"."""
+    folder = tmp_path_factory.mktemp("records")
+    pairs = [(f"{a} {verb} {b}", a, b) for a in NAMES for b in NAMES for verb in VERBS if a != b]
+    contents = {
+        "first": [{"prompt": f"first of {text}?", "response": f"{a}."} for text, a, _ in pairs],
+        "last": [{"prompt": f"last of {text}?", "response": f"{b}."} for text, _, b in pairs],
+        "preferences": [
+            {"prompt": f"{text}?", "chosen": f"{b}{' and 6' * k}.", "rejected": f"{b}{' sees' * (3 - k)}."}
+            for text, _, b in pairs for k in (1, 2)
+        ],
+        "ranked": [
+            {"prompt": f"{text}?", "responses": [f"{b} and 6.", [f"{b}.", f"{b}!"], f"{b} sees."]} for text, _, b in pairs
+        ],
+    }  # fmt: skip
+    contents |= {"preferences_train": contents["preferences"][::2], "preferences_eval": contents["preferences"][1::4]}
+    for name, rows in contents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(folder / f"{name}.jsonl") for name in contents}
+
+
+def finetuning(stage: str, preset: str, parent, data: str, **fields) -> list[str]:
+    """Flags of a run of 12 steps that starts from a workdir; fields are written a__b for a.b."""
+    fields = {
+        "init_from": parent, "data.train": data, "data.sequence_length": 48, "data.holdout.fraction": 0.2,
+        "batch_size": 8, "num_epochs": 0, "num_train_steps": 12, "log_interval_steps": 2, "eval_interval_steps": 6,
+        "checkpoint.save_interval_steps": 4, "checkpoint.max_to_keep": 3, "optimizer.learning_rate": 0.02,
+        "optimizer.warmup_steps": 2,
+    } | {name.replace("__", "."): value for name, value in fields.items()}  # fmt: skip
+    return [f"--config=configs/{stage}.py:{preset}", *(f"--config.{k}={v}" for k, v in fields.items())]
