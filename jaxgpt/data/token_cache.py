@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 Split = Literal["train", "held_out", "all"]
 
 FORMAT = 2  # part of every key: another layout of the files, or other rules of splitting, is another entry
+ABANDONED_SECONDS = 24 * 3600
 ENCODE_CHARACTERS = 1 << 20  # texts are encoded together up to this length
 
 
@@ -179,6 +181,9 @@ def _split_by_position(read: Callable[[], Iterable[Document]], fraction: float, 
 
 def _publish(entry: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a temporary folder, then give it the name `entry` unless another process was faster."""
+    for left in entry.parent.glob("*.tmp"):  # by a killed run; a younger one may still be at work
+        if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     folder = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir()
     try:

@@ -252,3 +252,13 @@ def test_a_side_without_documents_is_an_error_that_names_the_fields(tmp_path):
     message = r"data\.holdout\.fraction=0.99 with data\.holdout\.by='position' leaves no document on the train side"
     with pytest.raises(ValueError, match=message):
         tokenize_source([path], CharTokenizer(), config, "train", tmp_path / "cache")
+
+
+def test_what_a_killed_run_left_long_ago_is_removed(tmp_path):
+    left, young = tmp_path / "cache" / "aaa.1.tmp", tmp_path / "cache" / "bbb.2.tmp"
+    for folder in (left, young):
+        folder.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    tokenize_source([write(tmp_path / "a.txt", "one")], CharTokenizer(), LINES, "all", tmp_path / "cache")
+    assert not left.exists()
+    assert young.exists()

@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost, nothing reserved leaks, and the vocabulary is as asked."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -64,10 +65,9 @@ def test_any_text_comes_back_exactly(text):
         assert tokenizer.token_bytes_V[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def _cached(store=[]):  # noqa: B006
-    if not store:
-        store.extend(train_tokenizer(TEXTS, TokenizerConfig(model_type=k, vocab_size=n)) for k, n in SIZES.items())
-    return store
+@functools.cache  # hypothesis does not mix with fixtures
+def _cached():
+    return [train_tokenizer(TEXTS, TokenizerConfig(model_type=k, vocab_size=n)) for k, n in SIZES.items()]
 
 
 def test_reserved_ids_come_first_and_stand_for_no_bytes(trained):
