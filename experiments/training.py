@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt import partition, tree
+from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.data import pipeline
 from jaxgpt.data.chat import ChatTemplate
@@ -33,7 +33,7 @@ class Job:
     """What a command brings to `train_in`.
 
     parents: {"init_from": {"path", "digest"}}. reference_lines: losses of guessing, for the plots. finish: called after
-      the last step with (all parameters, mesh); what it returns goes into the manifest.
+      the last step; what it returns goes into the manifest.
     """
 
     stage: Stage
@@ -42,7 +42,7 @@ class Job:
     template: ChatTemplate | None = None
     parents: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     reference_lines: dict[str, float] = dataclasses.field(default_factory=dict)
-    finish: Callable[[Params, Mesh], dict] = lambda params, mesh: {}
+    finish: Callable[[], dict] = dict
 
 
 def train_in(
@@ -63,8 +63,7 @@ def train_in(
             return
         cache_dir = config.data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
         job = prepare(mesh, cache_dir)
-        rows = sum(stats["rows"] for label, stats in job.data.stats.items() if label.startswith("train/"))
-        config = dataclasses.replace(config, num_train_steps=config.num_steps(rows))
+        config = dataclasses.replace(config, num_train_steps=config.num_steps(job.data.train_rows))
         resolved["num_train_steps"] = config.num_train_steps
         is_main = jax.process_index() == 0
         if is_main:
@@ -76,11 +75,10 @@ def train_in(
             job.tokenizer.save(workdir)
             if job.template is not None:
                 job.template.save(workdir)
-        state, frozen, step = run(config, workdir, mesh, job.stage)
+        _, step = run(config, workdir, mesh, job.stage)
         if step < config.num_train_steps:
             print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
             return
-        extra = job.finish(tree.merge(state.params, frozen), mesh)
         if is_main:
             final = workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1]
             manifest = workdirs.base_manifest(
@@ -88,7 +86,7 @@ def train_in(
                 chat_template_digest=job.template.digest if job.template is not None else None,
                 special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
                 data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
-                step=step, reference_lines=job.reference_lines, **extra,
+                step=step, reference_lines=job.reference_lines, **job.finish(),
             )  # fmt: skip
             workdirs.write_manifest(workdir, manifest)
             print(f"Finished at step {step}: {_summary(final)}. Report: {write_report(workdir)}")

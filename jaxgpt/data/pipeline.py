@@ -51,6 +51,11 @@ class Data:
     fingerprint: str
     stats: dict[str, dict[str, int]]
 
+    @property
+    def train_rows(self) -> int:
+        """Rows of one pass over all training sources."""
+        return sum(len(plan) for plan, _ in self.train.values())
+
 
 def build_data(
     config: DataConfig,

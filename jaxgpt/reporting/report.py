@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from jaxgpt.reporting.plots import plot_curves
-from jaxgpt.reporting.report_card import plot_report_card, report_card_html
+from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
 from jaxgpt.train.workdir import read_rows
 
 STYLE = """
@@ -71,9 +71,9 @@ def _status(rows: list[dict], config: dict, manifest: dict) -> str:
 
 
 def _report_card(workdir: str) -> str:
-    """The judgement of a reward model, where the run left WORKDIR/report_card.json."""
+    """The judgement of a reward model, where the run left one in WORKDIR/report_card.json."""
     card = _load(os.path.join(workdir, "report_card.json"))
-    if not card:
+    if "passed" not in card:
         return ""
     images = "".join(_image(path) for path in plot_report_card(card, os.path.join(workdir, "plots")))
     return f"{report_card_html(card)}<div class=plots>{images}</div>"

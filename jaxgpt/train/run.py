@@ -51,8 +51,8 @@ class Stage:
     metric_group: str = "train"
 
 
-def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, Params, int]:
-    """Train the stage in `workdir`, from its newest good checkpoint if there is one: (state, frozen, step reached)."""
+def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, int]:
+    """Train the stage in `workdir`, from its newest good checkpoint if there is one; returns the state and its step."""
     optimizer = make_optimizer(config.optimizer, config.num_train_steps)
     schedule = make_schedule(config.optimizer, config.num_train_steps)
     rng = jax.random.key(config.seed)
@@ -86,7 +86,7 @@ def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Trai
         stage.on_start(last_logged)
         watchers = _callbacks(config, workdir, start) if is_main else []
         try:
-            state, step = train(
+            return train(
                 _loop_config(config, stage, start),
                 state=state,
                 frozen=frozen,
@@ -104,7 +104,6 @@ def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Trai
                 start_step=start,
                 meta=meta | {"sources": stage.sources},
             )  # fmt: skip
-            return state, frozen, step
         finally:
             for watcher in watchers:
                 watcher.close()

@@ -16,11 +16,10 @@ from jaxgpt.reporting.report_card import (
     accuracy_interval,
     calibration,
     equal_count_groups,
-    plot_report_card,
     report_card,
-    report_card_html,
     wilson_interval,
 )
+from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
 
 
 def pairs(difference, **fields):
