@@ -20,7 +20,7 @@ from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
 from jaxgpt.train.throughput import peak_flops
 from jaxgpt.train.workdir import JsonLog, StopSignal
-from jaxgpt.types import Objective, Params, TrainState
+from jaxgpt.types import Metrics, Objective, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,59 +51,94 @@ class Stage:
     metric_group: str = "train"
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `run_program` runs: a state, how it is made, and what a step does with it.
+
+    abstract: the state with its shardings. create: -> a fresh (state, frozen). reload: -> frozen alone, for a resumed run.
+    train_step, evaluate: as in `loop.train`, but that evaluate also gets frozen. batches: first step -> global batches.
+    schedule: step -> learning rate. The rest as in Stage.
+    """
+
+    abstract: Any
+    create: Callable[[], tuple[Any, Params]]
+    reload: Callable[[], Params]
+    train_step: Callable[[Any, Params, Any], tuple[Any, Metrics]]
+    batches: Callable[[int], Iterator[Any]]
+    evaluate: Callable[[Any, Params, int], dict[str, float]]
+    schedule: Callable[[Any], Any]
+    tokens_per_step: int
+    flops_per_token: float
+    sources: dict[str, str]
+    on_start: Callable[[int], None]
+    metric_group: str = "train"
+
+
 def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, int]:
     """Train the stage in `workdir`, from its newest good checkpoint if there is one; returns the state and its step."""
     optimizer = make_optimizer(config.optimizer, config.num_train_steps)
-    schedule = make_schedule(config.optimizer, config.num_train_steps)
     rng = jax.random.key(config.seed)
-    is_main = jax.process_index() == 0
     abstract, abstract_frozen = abstract_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def load() -> Params:
+        return stage.load(tree.merge(abstract.params, abstract_frozen)) if stage.load is not None else {}
+
+    def create() -> tuple[TrainState, Params]:
+        return init_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable, loaded=load())[:2]
+
+    program = Program(
+        abstract=abstract,
+        create=create,
+        reload=lambda: tree.split(load(), stage.trainable)[1] if abstract_frozen else {},
+        train_step=make_train_step(
+            stage.objective, optimizer, mesh, DEFAULT_RULES,
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), accum=config.gradient_accumulation_steps,
+        ),
+        batches=lambda start: (partition.to_global(b, mesh, config.batch_size) for b in stage.train_batches(start)),
+        evaluate=_evaluator(config, mesh, stage),
+        schedule=make_schedule(config.optimizer, config.num_train_steps),
+        tokens_per_step=stage.tokens_per_step,
+        flops_per_token=stage.flops_per_token,
+        sources=stage.sources,
+        on_start=stage.on_start,
+        metric_group=stage.metric_group,
+    )  # fmt: skip
+    return run_program(config, workdir, mesh, program)
+
+
+def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -> tuple[Any, int]:
+    """Checkpoints, logs and callbacks around the loop; returns the state and the step reached."""
+    is_main = jax.process_index() == 0
     with Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint) as checkpointer, StopSignal() as stop:
-        restored = checkpointer.restore(abstract)
-        if restored is not None:
-            _check_sources(restored[1].get("sources", {}), stage.sources, workdir)
-        loaded: Params = {}
-        if stage.load is not None and (restored is None or abstract_frozen):
-            loaded = stage.load(tree.merge(abstract.params, abstract_frozen))
+        restored = checkpointer.restore(program.abstract)
         if restored is not None:
             state, meta, start = restored
-            frozen = tree.split(loaded, lambda name: not stage.trainable(name))[0]
+            _check_sources(meta.get("sources", {}), program.sources, workdir)
+            frozen, last_logged = program.reload(), start
         else:
-            state, frozen = init_state(
-                stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable, loaded=loaded
-            )[:2]
-            meta, start = {}, 0
-        last_logged = start if restored is not None else -1
+            (state, frozen), meta, start, last_logged = program.create(), {}, 0, -1
         metrics_log = JsonLog(os.path.join(workdir, "metrics.jsonl")) if is_main else None
         if metrics_log is not None:
             metrics_log.truncate_after(last_logged)
-            frozen_count = f" (and {tree.count(frozen):,} frozen ones)" if frozen else ""
-            print(
-                f"{tree.count(state.params):,} parameters{frozen_count} on {_describe(mesh)}; training from step {start}.",
-                flush=True,
-            )
-        stage.on_start(last_logged)
+            print(f"{_describe(state, frozen, mesh)}; training from step {start}.", flush=True)
+        program.on_start(last_logged)
         watchers = _callbacks(config, workdir, start) if is_main else []
         try:
             return train(
-                _loop_config(config, stage, start),
+                _loop_config(config, program, start),
                 state=state,
                 frozen=frozen,
-                train_step=make_train_step(
-                    stage.objective, optimizer, mesh, DEFAULT_RULES,
-                    shardings=shardings, accum=config.gradient_accumulation_steps,
-                ),
-                batches=(partition.to_global(b, mesh, config.batch_size) for b in stage.train_batches(start)),
-                evaluate=_evaluator(config, mesh, stage, frozen),
-                schedule=schedule,
+                train_step=program.train_step,
+                batches=program.batches(start),
+                evaluate=lambda state, step: program.evaluate(state, frozen, step),
+                schedule=program.schedule,
                 checkpointer=checkpointer,
                 metrics_log=metrics_log,
                 callbacks=watchers,
                 stop=stop,
                 start_step=start,
-                meta=meta | {"sources": stage.sources},
-            )  # fmt: skip
+                meta=meta | {"sources": program.sources},
+            )
         finally:
             for watcher in watchers:
                 watcher.close()
@@ -118,17 +153,17 @@ def _check_sources(stored: dict[str, str], now: dict[str, str], workdir: str) ->
             )
 
 
-def _describe(mesh: Mesh) -> str:
+def _describe(state: Any, frozen: Params, mesh: Mesh) -> str:
     axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)" + (f" ({axes})" if axes else "")
+    frozen_count = f" (and {tree.count(frozen):,} frozen ones)" if frozen else ""
+    devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)" + (f" ({axes})" if axes else "")
+    return f"{tree.count(state.params):,} parameters{frozen_count} on {devices}"
 
 
-def _evaluator(
-    config: RunConfig, mesh: Mesh, stage: Stage, frozen: Params
-) -> Callable[[TrainState, int], dict[str, float]]:
+def _evaluator(config: RunConfig, mesh: Mesh, stage: Stage) -> Callable[[TrainState, Params, int], dict[str, float]]:
     eval_step = make_eval_step(stage.objective, mesh, DEFAULT_RULES)
 
-    def run_evaluation(state: TrainState, step: int) -> dict[str, float]:
+    def run_evaluation(state: TrainState, frozen: Params, step: int) -> dict[str, float]:
         row: dict[str, float] = {}
         averaged = ema_params(state.opt_state)
         for name, batches in stage.eval_batches.items():
@@ -153,7 +188,7 @@ def _callbacks(config: RunConfig, workdir: str, start: int) -> list[callbacks.Ca
     return watchers
 
 
-def _loop_config(config: RunConfig, stage: Stage, start: int) -> LoopConfig:
+def _loop_config(config: RunConfig, program: Program, start: int) -> LoopConfig:
     return LoopConfig(
         num_train_steps=config.num_train_steps,
         log_interval_steps=config.log_interval_steps,
@@ -161,8 +196,8 @@ def _loop_config(config: RunConfig, stage: Stage, start: int) -> LoopConfig:
         eval_at_start=config.eval_at_start and start == 0,
         save_interval_steps=config.checkpoint.save_interval_steps,
         nonfinite=config.nonfinite,
-        tokens_per_step=stage.tokens_per_step,
-        flops_per_token=stage.flops_per_token,
+        tokens_per_step=program.tokens_per_step,
+        flops_per_token=program.flops_per_token,
         peak_flops=peak_flops(jax.devices()[0]),
-        metric_group=stage.metric_group,
+        metric_group=program.metric_group,
     )
