@@ -207,8 +207,8 @@ class ChatTemplate:
     def _tokenize(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """ids: i32 [n]. turns: i32 [n], k on the trained tokens of the k-th assistant turn, 0 elsewhere."""
         markers = _markers(tokenizer)
-        texts: list[str] = []
-        known: dict[int, int] = {}  # place among the texts -> the id of the marker there
+        parts: list[np.ndarray] = []
+        texts: dict[int, str] = {}  # place among the parts -> the text there
         turn_of: list[int] = []
         turn = 0
         for span, is_response in self._spans(markers, messages):
@@ -217,17 +217,16 @@ class ChatTemplate:
                 found += [_EOS, ""]
             turn += is_response
             for place, text in enumerate(found):
-                if place % 2:
-                    known[len(texts)] = markers.ids[text]
-                texts.append("" if place % 2 else _unescape(text))
-                turn_of.append(turn if is_response and place < len(found) - 1 else 0)
-        parts = tokenizer.encode_batch(texts)
-        for place, i in known.items():
-            parts[place] = np.array([i], np.int32)
-        ids, turns = np.concatenate(parts), np.repeat(turn_of, [len(part) for part in parts])
-        if not len(ids) or ids[0] != tokenizer.bos_id:
-            ids, turns = np.insert(ids, 0, tokenizer.bos_id), np.insert(turns, 0, 0)
-        return ids.astype(np.int32), turns.astype(np.int32)
+                if text:
+                    if place % 2 == 0:
+                        texts[len(parts)] = _unescape(text)
+                    parts.append(np.array([markers.ids[text] if place % 2 else 0], np.int32))
+                    turn_of.append(turn if is_response and place < len(found) - 1 else 0)
+        for place, ids in zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True):
+            parts[place] = ids
+        if not parts or not len(parts[0]) or parts[0][0] != tokenizer.bos_id:
+            parts, turn_of = [np.array([tokenizer.bos_id], np.int32), *parts], [0, *turn_of]
+        return np.concatenate(parts), np.repeat(np.array(turn_of, np.int32), [len(part) for part in parts])
 
     def _spans(self, markers: "_Markers", messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """The escaped text of a conversation, cut before and after every assistant turn: (text, is a response)."""

@@ -27,7 +27,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 
 Split = Literal["train", "held_out", "all"]
 
-FORMAT = 2  # part of every key: another layout of the files, or other rules of splitting, is another entry
+FORMAT = 3  # part of every key: another layout of the files, or other rules of splitting, is another entry
 ABANDONED_SECONDS = 24 * 3600
 ENCODE_CHARACTERS = 1 << 20  # texts are encoded together up to this length
 

@@ -115,7 +115,8 @@ class Tokenizer:
 
     def _encode_plain(self, texts: list[str]) -> list[np.ndarray]:
         out = []
-        for text, ids in zip(texts, self._processor.encode(texts, num_threads=-1), strict=True):
+        threads = -1 if sum(map(len, texts)) > 1 << 16 else 1  # starting them costs more than a short text
+        for text, ids in zip(texts, self._processor.encode(texts, num_threads=threads), strict=True):
             ids = np.asarray(ids, np.int32)
             out.append(self._with_bytes(text, ids) if np.any(ids == self._unk_id) else ids)
         return out
