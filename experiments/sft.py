@@ -34,6 +34,11 @@ class Config(FinetuneConfig):
     loss: LossConfig = LossConfig()
     samples: SamplesConfig = SamplesConfig()
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.packing == "concat":
+            raise ValueError("data.packing='concat' would cut conversations apart; use 'best_fit' or 'none'.")
+
 
 def main(config: Config, workdir: str) -> None:
     """Train the run in `workdir`, or go on with it."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -10,7 +11,6 @@ from jax.sharding import Mesh
 
 from jaxgpt import partition
 from jaxgpt.config import to_dict
-from jaxgpt.data import pipeline
 from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generate.text import generate_texts
@@ -18,7 +18,7 @@ from jaxgpt.models.config import ModelConfig
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
 from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
-from jaxgpt.train.run import Stage, run
+from jaxgpt.train.run import Program, Stage, run, run_program
 from jaxgpt.types import Params
 
 # Fields that may change between the runs of one workdir without changing what it computes, but for its length.
@@ -26,6 +26,18 @@ FREE_FIELDS = (
     "num_train_steps", "log_interval_steps", "mesh", "dcn_mesh", "checkpoint", "profile", "samples", "wandb", "nonfinite",
     "data.num_workers", "data.prefetch", "data.cache_dir",
 )  # fmt: skip
+
+
+class DataSummary(Protocol):
+    """What is known of a run's data; `pipeline.Data` is one. stats: counts by "train/<name>" and "eval/<name>"."""
+
+    stats: dict[str, dict[str, int]]
+    fingerprint: str
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of one epoch."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +48,8 @@ class Job:
       the last step; what it returns goes into the manifest.
     """
 
-    stage: Stage
-    data: pipeline.Data
+    stage: Stage | Program
+    data: DataSummary
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     parents: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
@@ -75,7 +87,8 @@ def train_in(
             job.tokenizer.save(workdir)
             if job.template is not None:
                 job.template.save(workdir)
-        _, step = run(config, workdir, mesh, job.stage)
+        go = run_program if isinstance(job.stage, Program) else run
+        _, step = go(config, workdir, mesh, job.stage)
         if step < config.num_train_steps:
             print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
             return
@@ -124,5 +137,13 @@ def sample_writer(
 
 
 def _summary(metrics: dict) -> str:
-    shown = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy", "train/loss")
+    shown = (
+        "eval/loss",
+        "eval/perplexity",
+        "eval/bits_per_byte",
+        "eval/accuracy",
+        "eval/scores",
+        "eval/gold",
+        "train/loss",
+    )
     return ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)

@@ -1,13 +1,15 @@
-"""Sums and losses under a mask, in float32: cross-entropy with z-loss and label smoothing, and its chunked form."""
+"""Sums and losses under a mask, in float32: cross-entropy, log-probs and entropy, each with a chunked form; KL estimates."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxgpt.types import Array
+
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def masked_sum(x: Array, mask: Array) -> Array:
@@ -21,11 +23,53 @@ def masked_mean(x: Array, mask: Array) -> Array:
     return masked_sum(x, mask) / jnp.where(weight == 0, 1.0, weight)
 
 
+def masked_whiten(x: Array, mask: Array, *, shift_mean: bool = True, eps: float = 1e-8) -> Array:
+    """(x - mean) / sqrt(var + eps) over the whole array under mask, f32; 0 where the mask is 0.
+
+    The variance is that of the population (ddof 0). shift_mean=False puts the mean back: the scale alone changes.
+    x may be anything, even nan, where mask is 0. Under jit the array is the global one, whatever its sharding.
+    """
+    x = jnp.where(mask != 0, x.astype(jnp.float32), 0.0)
+    mean = masked_mean(x, mask)
+    deviation = x - mean
+    deviation -= masked_mean(deviation, mask)  # the mean's rounding error, which a tiny variance would blow up
+    whitened = deviation / jnp.sqrt(masked_mean(jnp.square(deviation), mask) + eps)
+    return jnp.where(mask != 0, whitened if shift_mean else whitened + mean, 0.0)
+
+
 def token_logprobs(logits_V: Array, targets: Array) -> Array:
     """Log softmax(logits)[target], f32. logits: [..., V]; targets: i32 [...]."""
     logits_V = logits_V.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits_V, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits_V, axis=-1)
+
+
+def entropy(logits_V: Array) -> Array:
+    """Entropy of softmax(logits) in nats, f32 [...]. logits: [..., V]; -inf is a token that cannot be drawn."""
+    log_p_V = jax.nn.log_softmax(logits_V.astype(jnp.float32), axis=-1)
+    # p log p is 0 at p = 0; as a product it would be 0 * -inf, and so would its gradient.
+    return -jnp.sum(jnp.exp(log_p_V) * jnp.where(jnp.isneginf(log_p_V), 0.0, log_p_V), axis=-1)
+
+
+def kl_estimate(logp: Array, reference: Array, kind: KLEstimator) -> Array:
+    """Estimate of KL(pi || reference) from the log-probs of a token drawn from pi, nats, f32 of the same shape.
+
+    With d = logp - reference: k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d. k1 and k3 are unbiased, k2 is not but nearly so
+    for close policies; k2 and k3 are never negative. What each one's *gradient* estimates: `objectives.ppo.PPOConfig`.
+
+    Raises:
+      ValueError: if kind is none of them.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    d = logp.astype(jnp.float32) - reference.astype(jnp.float32)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return jnp.square(d) / 2
+    if kind == "k3":
+        return jnp.expm1(-d) + d
+    raise ValueError(f"The KL estimator must be one of {', '.join(get_args(KLEstimator))}, not {kind!r}.")
 
 
 def cross_entropy(
@@ -147,11 +191,33 @@ def chunked_token_logprobs(
       logits_fn: (head, x [..., D]) -> logits [..., V]. head: the parameters it needs; both get gradients.
       x_BTD: final hidden states. targets_BT: i32.
     """
-    batch, length, _ = x_BTD.shape
-    chunks = _num_chunks(length, batch * length, chunk_tokens)
-    split = functools.partial(_split, chunks=chunks)
+    of_tokens = lambda head, x, targets: token_logprobs(logits_fn(head, x), targets)
+    return _map_chunks(of_tokens, head, x_BTD, targets_BT, chunk_tokens)
 
+
+def chunked_logprobs_and_entropy(
+    logits_fn: Callable[[Any, Array], Array], head: Any, x_BTD: Array, targets_BT: Array, *, chunk_tokens: int
+) -> tuple[Array, Array]:
+    """`chunked_token_logprobs`, and the `entropy` of the distribution that each target is drawn from, both f32 [B, T].
+
+    Both are of the logits that logits_fn returns: a temperature is its business. Both carry gradients.
+    """
+
+    def of_tokens(head, x, targets):
+        logits = logits_fn(head, x)
+        return token_logprobs(logits, targets), entropy(logits)
+
+    return _map_chunks(of_tokens, head, x_BTD, targets_BT, chunk_tokens)
+
+
+def _map_chunks(of_tokens: Callable, head: Any, x_BTD: Array, targets_BT: Array, chunk_tokens: int) -> Any:
+    """of_tokens(head, x [b, t, D], targets [b, t]) -> a tree of [b, t], over chunks: the tree of [B, T].
+
+    Nothing is kept of a chunk but its results; the backward pass computes it again.
+    """
+    batch, length, _ = x_BTD.shape
+    split = functools.partial(_split, chunks=_num_chunks(length, batch * length, chunk_tokens))
     # The scan itself keeps XLA from reusing the forward pass's logits, so that no barrier is needed against it.
-    of_chunk = jax.checkpoint(lambda head, x, targets: token_logprobs(logits_fn(head, x), targets), prevent_cse=False)
-    logprobs = jax.lax.map(lambda chunk: of_chunk(head, *chunk), (split(x_BTD), split(targets_BT)))
-    return jnp.moveaxis(logprobs, 0, 1).reshape(batch, length)
+    of_chunk = jax.checkpoint(of_tokens, prevent_cse=False)
+    results = jax.lax.map(lambda chunk: of_chunk(head, *chunk), (split(x_BTD), split(targets_BT)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, length), results)

@@ -54,6 +54,42 @@ class PairBatch(struct.PyTreeNode):
     reference_logprobs_BC: Array | None = None
 
 
+class Trajectory(struct.PyTreeNode):
+    """B sequences of P prompt tokens, padded on the left, and R response tokens, padded on the right: S = P + R.
+
+    Index t of an array [B, R] is about the response's token t. A token is live up to and including the EOS that ended the
+    response; arrays [B, R] may hold anything, even nan, where it is not, unless said otherwise. All but the tokens are
+    constants to the loss: no gradient flows into them.
+
+    tokens_BS, segments_BS, positions_BS: i32. segments: 1 on real tokens, 0 on padding of either side. positions count
+      real tokens from 0.
+    response_mask_BR: f32; 1 on live tokens, else 0. From lengths, so pad == eos is no problem.
+    old_logprobs_BR: f32, nats, before the update and by the trainer's own forward pass, under the distribution sampled
+      from.
+    advantages_BR: f32.
+    weights_BR: f32; how much each token's loss counts, 0 where the token is not live or the row not used.
+    row_weights_B: f32; what each row adds to the weight that the summed loss is divided by. It need not be the sum of
+      weights_BR over the row (see `objectives.ppo.token_weights`).
+    returns_BR, old_values_BR: f32, reward units: the critic's target, and its prediction before the update. old_values
+      at t is the value of the state before token t. None without a critic.
+    reference_logprobs_BR: f32, nats, of the frozen reference, where the loss has a KL term.
+    kl_coef_B: f32, that term's coefficient where it changes from one iteration to the next; None is the config's.
+    """
+
+    tokens_BS: Array
+    segments_BS: Array
+    positions_BS: Array
+    response_mask_BR: Array
+    old_logprobs_BR: Array
+    advantages_BR: Array
+    weights_BR: Array
+    row_weights_B: Array
+    returns_BR: Array | None = None
+    old_values_BR: Array | None = None
+    reference_logprobs_BR: Array | None = None
+    kl_coef_B: Array | None = None
+
+
 class TrainState(struct.PyTreeNode):
     """What is trained, and nothing else.
 

@@ -248,11 +248,12 @@ class _EpochPermutations(grain.transforms.DatasetSelectionMap):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         epoch, place = divmod(index, self.num_rows)
-        return 0, int(_permutation(self.num_rows, self.seed, epoch)[place])
+        return 0, int(epoch_permutation(self.num_rows, self.seed, epoch)[place])
 
 
 @functools.lru_cache(maxsize=64)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (i64 [size], not to be written to) of one epoch: each epoch of each seed has its own."""
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 

@@ -135,12 +135,15 @@ def restore_params(root: str, abstract: Params) -> Params:
     json_handlers = {name: ocp.JsonCheckpointHandler() for name in ("meta", "metrics")}
     handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), **json_handlers)
     with ocp.Checkpointer(handler) as reader:
-        _check_shapes(reader.metadata(path).item_metadata["state"].tree["params"], abstract, path)
-        target = {"params": abstract}
+        stored = reader.metadata(path).item_metadata["state"].tree
+        in_policy = "policy" in stored  # the state of reinforcement learning holds a critic, too
+        _check_shapes((stored["policy"] if in_policy else stored)["params"], abstract, path)
+        target = {"policy": {"params": abstract}} if in_policy else {"params": abstract}
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        return reader.restore(path, args=ocp.args.Composite(state=arguments))["state"]["params"]
+        state = reader.restore(path, args=ocp.args.Composite(state=arguments))["state"]
+        return (state["policy"] if in_policy else state)["params"]
 
 
 def _check_shapes(stored: Any, abstract: Params, path: str) -> None:

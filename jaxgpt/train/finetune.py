@@ -43,11 +43,6 @@ class FinetuneConfig(RunConfig):
     lora: LoraConfig = LoraConfig()
     chat_template: str = ""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.data.packing == "concat":
-            raise ValueError("data.packing='concat' would cut conversations apart; use 'best_fit' or 'none'.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:

@@ -21,7 +21,8 @@ from jaxgpt.types import Metrics, Params, TrainState
 class LoopConfig:
     """When things happen, in steps; tokens_per_step and flops_per_token (0: unknown) are for throughput and MFU.
 
-    metric_group: what the objective's own metrics but the loss are logged under. eval_at_start: evaluate before the first
+    metric_group: what the objective's own metrics but the loss are logged under, those with a group in their name excepted.
+    eval_at_start: evaluate before the first
       update, as step 0.
     """
 
@@ -172,7 +173,8 @@ def _train_row(metrics: Metrics, learning_rate: float, rate: float | None, confi
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
     hidden = ("finite", "weight", "bytes", "objective")
     group = lambda name: "train" if name in ("loss", "grad_norm") else config.metric_group
-    row = {f"{group(name)}/{name}": value for name, value in values.items() if name not in hidden}
+    named = {name if "/" in name else f"{group(name)}/{name}": value for name, value in values.items()}
+    row = {name: value for name, value in named.items() if name.rsplit("/", 1)[-1] not in hidden}
     row["train/learning_rate"] = learning_rate
     if rate is not None and math.isfinite(rate):
         row["train/tokens_per_second"] = rate

@@ -1,0 +1,64 @@
+"""What a run of reinforcement learning is told."""
+
+import dataclasses
+from typing import Literal
+
+from jaxgpt.objectives.ppo import PPOConfig
+from jaxgpt.rl.rewards import RewardSource
+from jaxgpt.rl.rollout import RolloutConfig
+from jaxgpt.rl.step import GroupConfig
+from jaxgpt.train.config import SamplesConfig
+from jaxgpt.train.finetune import FinetuneConfig
+from jaxgpt.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig(FinetuneConfig):
+    """One RL run; init_from is the SFT model that the policy starts from and is held to.
+
+    advantage: `gae`, with a critic (PPO), or `group`, from the other responses to the prompt (GRPO, RLOO, REINFORCE).
+    reward_model: the workdir of a reward model. rewards: label -> a reward computed on the host; their weighted sum is
+      added to the reward model's. gold: the same, but only logged at evaluations, never optimised.
+    critic_init: the critic starts as the `reward_model` (Stiennon et al. 2020), or as the `policy` with a new head.
+    critic_optimizer: of the critic; optimizer is the policy's.
+    num_eval_prompts: held-out prompts that are answered at each evaluation; samples.num_heldout of the answers are kept in
+      samples.jsonl. eval/loss, by which checkpoints are kept, is minus the gold reward, or minus the score without one.
+    preflight: check what must hold at the first update, and stop where it does not.
+    require_report_card: refuse a reward model whose report card has failed.
+    batch_size is rollout.batch_size, and set by it; eval_batches, packing and sequence_length of data mean nothing here.
+    """
+
+    batch_size: int = 0
+    advantage: Literal["gae", "group"] = "gae"
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: PPOConfig = PPOConfig()
+    group: GroupConfig = GroupConfig()
+    reward_model: str = ""
+    rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+    gold: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+    critic_init: Literal["reward_model", "policy"] = "reward_model"
+    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=0)
+    num_eval_prompts: int = 64
+    samples: SamplesConfig = SamplesConfig(num_heldout=8)
+    preflight: bool = True
+    require_report_card: bool = True
+
+    def __post_init__(self):
+        rows = self.rollout.batch_size
+        if self.batch_size not in (0, rows):
+            raise ValueError(f"batch_size={self.batch_size} is set by rollout.batch_size={rows} in RL; leave it out.")
+        object.__setattr__(self, "batch_size", rows)
+        super().__post_init__()
+        if rows % self.ppo.num_minibatches:
+            raise ValueError(
+                f"rollout.batch_size={rows} is not a multiple of ppo.num_minibatches={self.ppo.num_minibatches}."
+            )
+        if (
+            self.advantage == "group"
+            and self.rollout.num_samples_per_prompt < 2
+            and self.group.baseline != "batch_mean"
+        ):
+            raise ValueError(
+                "advantage='group' compares the responses to one prompt: rollout.num_samples_per_prompt must be at least "
+                f"2, not {self.rollout.num_samples_per_prompt}."
+            )

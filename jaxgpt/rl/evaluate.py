@@ -1,0 +1,124 @@
+"""What a policy answers: held-out prompts at evaluations, and what functions on the host say of responses."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt import partition
+from jaxgpt.data.prompts import PromptSet
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.objectives.ppo import response_logprobs
+from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rl.config import RLConfig
+from jaxgpt.rl.models import Builder
+from jaxgpt.rl.rewards import CheckedRewardFn, combine
+from jaxgpt.rl.rollout import Prompts, Rollout, roll_out
+from jaxgpt.rl.step import RLState, policy_params
+from jaxgpt.types import Array, Params
+
+SampleLog = Callable[[int, list[dict[str, Any]]], None]
+
+
+def global_prompts(prompts: PromptSet, index_B: np.ndarray, mesh: Mesh) -> Prompts:
+    """The prompts at these indices as one global batch; every process gives all indices."""
+    local = partition.local_rows(mesh, len(index_B))
+    arrays: Any = (*prompts.batch(index_B[local]), index_B[local].astype(np.int32))
+    return partition.to_global(Prompts(*arrays), mesh, len(index_B))
+
+
+def host_rewards(
+    host: CheckedRewardFn, tokenizer: Tokenizer, prompts: PromptSet, index_B: np.ndarray, rollout: Rollout
+):
+    """What functions on the host say of each response of a rollout."""
+    texts = response_texts(tokenizer, rollout)
+    pick = lambda values: [values[i] for i in index_B]
+    return host(pick(prompts.texts), texts, pick(prompts.records), pick(prompts.where))
+
+
+def response_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+    """The text of each response, without what ended it."""
+    tokens_BR, mask_BR, has_eos_B = jax.device_get(
+        (rollout.tokens_BS[:, -rollout.response_mask_BR.shape[1] :], rollout.response_mask_BR, rollout.has_eos_B)
+    )
+    lengths_B = mask_BR.sum(axis=1).astype(int) - has_eos_B
+    texts = []
+    for tokens, length in zip(tokens_BR, lengths_B, strict=True):
+        ids = tokens[:length]
+        texts.append(tokenizer.decode(ids[ids < tokenizer.vocab_size]))
+    return texts
+
+
+def make_evaluate(
+    parts: Builder, prompts: PromptSet | None, log_samples: SampleLog
+) -> Callable[[RLState, Params, int], dict[str, float]]:
+    """Answers to held-out prompts, always drawn with the same keys: their scores, gold, KL and lengths."""
+    if prompts is None:
+        return lambda state, frozen, step: {}
+    config, setup, mesh = parts.config, parts.setup, parts.mesh
+    rows, whole = config.rollout.batch_size, partition.replicated(mesh)
+
+    def answer(state: RLState, frozen: Params, batch: Prompts, rng: Array):
+        with partition.activate(mesh, DEFAULT_RULES):
+            rollout = roll_out(
+                setup.policy, policy_params(state, frozen), batch, rng, max_new=setup.rollout.max_new_tokens,
+                sampler=setup.rollout.sampler, eos_ids=setup.eos_ids, pad_id=setup.pad_id,
+            )  # fmt: skip
+            base = frozen["reference"] if "reference" in frozen else frozen["policy"]
+            places = (rollout.tokens_BS, rollout.segments_BS, rollout.positions_BS)
+            logprobs = functools.partial(
+                response_logprobs, num_response=rollout.response_mask_BR.shape[1],
+                temperature=setup.rollout.temperature, chunk_tokens=setup.ppo.chunk_tokens,
+            )  # fmt: skip
+            policy_BR, _ = logprobs(setup.policy, policy_params(state, frozen), *places)
+            reference_BR, _ = logprobs(setup.reference, base, *places)
+            kl_B = jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
+            return rollout, parts.score(frozen, rollout), kl_B
+
+    answer = jax.jit(answer, out_shardings=whole)
+    host = combine(config.rewards) if config.rewards else None
+    gold = combine(config.gold) if config.gold else None
+    chosen = np.arange(min(config.num_eval_prompts, len(prompts)))
+
+    def evaluate(state: RLState, frozen: Params, step: int) -> dict[str, float]:
+        columns: dict[str, list[np.ndarray]] = {}
+        texts: list[str] = []
+        for begin in range(0, len(chosen), rows):
+            index_B = chosen[begin : begin + rows]
+            filled = np.resize(index_B, rows)  # rows that are left over repeat prompts, and do not count
+            batch = global_prompts(prompts, filled, mesh)
+            rng = jax.random.fold_in(jax.random.key(config.seed), begin)
+            rollout, scores_B, kl_B = answer(state, frozen, batch, rng)
+            found = {"scores": np.asarray(scores_B), "kl": np.asarray(kl_B)}
+            if host is not None:
+                result = host_rewards(host, parts.start.tokenizer, prompts, filled, rollout)
+                found["scores"] = found["scores"] + result.total_B
+                found |= {f"rewards/{label}": value_B for label, value_B in result.by_source.items()}
+            if gold is not None:
+                found["gold"] = host_rewards(gold, parts.start.tokenizer, prompts, filled, rollout).total_B
+            found["mean_length"] = np.asarray(rollout.response_mask_BR).sum(axis=1)
+            found["eos_fraction"] = np.asarray(rollout.has_eos_B)
+            texts += response_texts(parts.start.tokenizer, rollout)[: len(index_B)]
+            for name, values_B in found.items():
+                columns.setdefault(name, []).append(values_B[: len(index_B)].astype(np.float64))
+        means = {name: np.concatenate(values) for name, values in columns.items()}
+        log_samples(step, _samples(config, prompts, chosen, texts, means))
+        row = {f"eval/{name}": float(values.mean()) for name, values in means.items()}
+        return row | {"eval/loss": -row.get("eval/gold", row["eval/scores"])}
+
+    return evaluate
+
+
+def _samples(
+    config: RLConfig, prompts: PromptSet, chosen, texts: list[str], values: dict[str, np.ndarray]
+) -> list[dict]:
+    shown = min(config.samples.num_heldout, len(chosen))
+    return [
+        {"prompt": prompts.texts[i], "response": texts[i]}
+        | {name: round(float(values[name][i]), 4) for name in ("scores", "gold", "kl") if name in values}
+        for i in range(shown)
+    ]

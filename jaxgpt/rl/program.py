@@ -1,0 +1,114 @@
+"""An RL run put together as a program of `train.run`: prompts in their order, one iteration, its preflight."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt import partition
+from jaxgpt.data.prompts import PromptSet, prompt_indices
+from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rl.config import RLConfig
+from jaxgpt.rl.evaluate import SampleLog, global_prompts, host_rewards, make_evaluate
+from jaxgpt.rl.models import Builder
+from jaxgpt.rl.rewards import combine
+from jaxgpt.rl.rollout import Prompts
+from jaxgpt.rl.step import RLState, make_rl_halves, make_rl_step
+from jaxgpt.train.run import Program
+from jaxgpt.types import Metrics, Params
+
+
+def make_program(
+    parts: Builder,
+    prompts: PromptSet,
+    eval_prompts: PromptSet | None,
+    log_samples: SampleLog,
+    on_start: Callable[[int], None],
+) -> Program:
+    """The run as a program of `train.run`."""
+    config, reward = parts.config, parts.reward
+    sources = parts.start.sources | ({"reward_model": reward.run.digest()} if reward is not None else {})
+    per_update = config.ppo.num_epochs * config.ppo.num_minibatches
+    return Program(
+        abstract=parts.abstract,
+        create=parts.create,
+        reload=parts.reload,
+        train_step=with_preflight(config, make_train(parts, prompts)),
+        batches=functools.partial(prompt_batches, config, prompts, parts.mesh),
+        evaluate=make_evaluate(parts, eval_prompts, log_samples),
+        schedule=lambda step: parts.schedule(step * per_update),
+        tokens_per_step=config.rollout.batch_size * (config.rollout.max_prompt_length + config.rollout.max_new_tokens),
+        flops_per_token=0.0,
+        sources=sources,
+        on_start=on_start,
+    )
+
+
+def prompt_batches(config: RLConfig, prompts: PromptSet, mesh: Mesh, start: int) -> Iterator[Prompts]:
+    """The prompts of iteration `start` on, each repeated for its samples."""
+    rows, samples = config.rollout.batch_size, config.rollout.num_samples_per_prompt
+    for step in itertools.count(start):
+        indices = prompt_indices(step, rows // samples, len(prompts), config.seed)
+        yield global_prompts(prompts, np.repeat(indices, samples), mesh)
+
+
+def make_train(parts: Builder, prompts: PromptSet) -> Callable[[RLState, Params, Prompts], tuple[RLState, Metrics]]:
+    """One iteration: one jitted program, or with rewards from the host two halves around them."""
+    kwargs = {"shardings": parts.shardings}
+    if not parts.config.rewards:
+        return make_rl_step(parts.setup, parts.steps(), parts.score, parts.mesh, DEFAULT_RULES, **kwargs)
+    collect, learn = make_rl_halves(parts.setup, parts.steps(), parts.mesh, DEFAULT_RULES, **kwargs)
+    score = jax.jit(parts.score, out_shardings=partition.replicated(parts.mesh))
+    host = combine(parts.config.rewards)
+
+    def train_step(state, frozen, batch):
+        rollout = collect(state, frozen, batch)
+        scores_B = np.asarray(score(frozen, rollout))
+        found = host_rewards(host, parts.start.tokenizer, prompts, np.asarray(batch.index_B), rollout)
+        state, metrics = learn(state, frozen, rollout, jnp.asarray(scores_B + found.total_B))
+        by_source = {f"rewards/{label}": np.float32(value_B.mean()) for label, value_B in found.by_source.items()}
+        return state, dict(metrics) | by_source
+
+    return train_step
+
+
+def with_preflight(config: RLConfig, train_step: Callable) -> Callable:
+    """The train step, whose first call checks what must hold before anything is learnt; ValueError where it does not."""
+    if not config.preflight:
+        return train_step
+    checked: list[bool] = []
+
+    def step(state, frozen, batch):
+        is_first = not checked and int(state.step) == 0
+        state, metrics = train_step(state, frozen, batch)
+        if is_first:
+            preflight(config, {name: float(value) for name, value in jax.device_get(dict(metrics)).items()})
+        checked.append(True)
+        return state, metrics
+
+    return step
+
+
+def preflight(config: RLConfig, metrics: dict[str, float]) -> None:
+    """ValueError naming the first invariant of the first update that does not hold.
+
+    Tolerances allow for bfloat16; a mask or position that is off by one is far beyond them.
+    """
+    exact = config.rollout.top_k == 0 and config.rollout.top_p == 1
+    invariants = [
+        ("the ratio of new to old policy is 1", abs(metrics["policy/first_ratio"] - 1), 0.02),
+        ("policy and reference agree on every token", metrics["rollout/reference_gap"], 0.1),
+        ("response masks have no holes", metrics["rollout/mask_holes"], 0.0),
+    ]
+    if exact:
+        invariants.append(("sampler and trainer agree on every token's log-prob", metrics["rollout/logprob_gap"], 0.3))
+    for text, gap, tolerance in invariants:
+        if not gap <= tolerance:
+            raise ValueError(
+                f"Preflight: {text} does not hold at the first update (off by {gap:.4g}, at most {tolerance:g}); "
+                "preflight=False skips this check."
+            )
