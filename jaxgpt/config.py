@@ -95,9 +95,10 @@ def field_type(cls: Any, path: str) -> Any:
     """The annotated type of a dotted field path below the dataclass `cls`; ValueError naming the nearest known field."""
     hint, seen = cls, ""
     for key in path.split("."):
-        options = typing.get_args(hint) or (hint,)
-        section = next((o for o in (hint, *options) if dataclasses.is_dataclass(o)), None)
-        mapping = next((o for o in (hint, *options) if typing.get_origin(o) is dict), None)
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = typing.get_args(hint) if is_union else (hint,)
+        section = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        mapping = next((o for o in options if typing.get_origin(o) is dict), None)
         if section is not None:
             hints = typing.get_type_hints(section)
             if key not in hints:
@@ -122,7 +123,7 @@ def override(values: dict, cls: Any, path: str, text: str) -> None:
         if not isinstance(values.get(key), dict):
             values[key] = {}
         values = values[key]
-    values[last] = value
+    values[last] = to_dict(value)  # plain, so that a later override may change a part of it
 
 
 def _parse(text: str, hint: Any) -> Any:

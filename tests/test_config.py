@@ -14,6 +14,7 @@ class Outer:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     steps: int = 3
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
 
 
 def built(*overrides: str) -> Outer:
@@ -44,7 +45,9 @@ def test_overrides_are_read_as_the_type_of_the_field():
 def test_a_source_is_a_path_a_list_or_a_mixture():
     assert built("data.train=['a', 'b']").data.train == ("a", "b")
     mixture = built("data.train={'web': {'path': 'w', 'weight': 3}, 'code': {'path': ['c', 'd']}}").data.train
+    assert built("sources.web.weight=2").sources == {"web": SourceConfig((), 2.0)}
     assert mixture == {"web": SourceConfig("w", 3.0), "code": SourceConfig(("c", "d"), 1.0)}
+    assert built("data.train={'web': {'path': 'x'}}", "data.train.web.weight=2").data.train["web"].path == "x"
     assert built("data.train.web.path=x", "data.train.web.weight=2").data.train == {"web": SourceConfig("x", 2.0)}
 
 
