@@ -175,7 +175,9 @@ def make_trajectory(
     moments = state.moments
     shaped_B = scores_B
     if ppo.normalize_rewards:
-        moments = advantages.update_moments(moments, scores_B)
+        # A score that the penalty replaces is no reward that was ever given.
+        counted_B = None if ppo.missing_eos_penalty is None else rollout.has_eos_B
+        moments = advantages.update_moments(moments, scores_B, counted_B)
         shaped_B = advantages.normalize(scores_B, moments)
     shaped_B = advantages.clip_scores(shaped_B, ppo.reward_clip)
     shaped_B = advantages.apply_missing_eos(shaped_B, rollout.has_eos_B, ppo.missing_eos_penalty)
@@ -205,7 +207,7 @@ def make_trajectory(
         )
         advantages_BR = advantages_B[:, None] * mask_BR
         if setup.group.drop_equal:
-            used_B = advantages.has_spread(totals_B, size).astype(jnp.float32)
+            used_B = advantages.has_spread(shaped_B, size).astype(jnp.float32)
             weights_BR, row_weights_B = weights_BR * used_B[:, None], row_weights_B * used_B
             metrics["rollout/used_fraction"] = jnp.mean(used_B)
     trajectory = Trajectory(
