@@ -12,6 +12,7 @@ from experiments import cli, dpo, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.generate import GenerateConfig
 from experiments.tokenizer import Config as TokenizerStage
+from jaxgpt.rl.config import RLConfig
 from jaxgpt.train.config import PretrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,13 +24,16 @@ STAGES = {
     "sft": sft.Config,
     "reward": reward.Config,
     "dpo": dpo.Config,
+    "ppo": RLConfig,
+    "grpo": RLConfig,
 }
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
     ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),
     ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
     ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
-    ("dpo", "lora"),
+    ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
+    ("grpo", "rloo"), ("grpo", "reinforce"),
 ]  # fmt: skip
 
 
