@@ -33,7 +33,7 @@ VOCAB, EOS = 6, 2
 PROMPTS = np.array([[1, 3, 3], [1, 3, 4], [1, 4, 3], [1, 4, 4]], np.int32)
 GROUP = 8
 MODEL = ModelConfig(
-    vocab_size=VOCAB, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=64, max_seq_length=8, init="fan_in",
+    vocab_size=VOCAB, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64, max_seq_length=8, init="fan_in",
     tie_embeddings=False,
 )  # fmt: skip
 
@@ -119,7 +119,7 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
 def solve(
     algorithm: str, beta: float, seed: int, *, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
-    steps: int = 300, rows: int = 1024, learning_rate: float = 3e-3,
+    steps: int = 400, rows: int = 1024, learning_rate: float = 3e-3,
 ) -> tuple[float, float]:  # fmt: skip
     """Train; returns KL(pi || pi*) before and after. algorithm: ppo, rloo or grpo (without std scaling)."""
     task = Task(length, seed)
@@ -195,5 +195,5 @@ if __name__ == "__main__":
     parser.add_argument("--algorithms", default="ppo,rloo,grpo")
     parser.add_argument("--kl_coefs", default="0.25,0.5,1")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=300, help="iterations of 1024 responses")
+    parser.add_argument("--steps", type=int, default=400, help="iterations of 1024 responses")
     main(parser.parse_args())
