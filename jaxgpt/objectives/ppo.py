@@ -260,10 +260,7 @@ def response_logprobs(
     Raises:
       ValueError: at trace time, if model.head is not 'lm', if temperature is not positive, or if no prompt is left.
     """
-    if model.head != "lm":
-        raise ValueError(f"A policy needs model.head='lm', not {model.head!r}.")
-    if not temperature > 0:
-        raise ValueError(f"rollout.temperature must be positive where log-probs are trained, not {temperature}.")
+    _check_policy(model, temperature)
     x_BRD, is_real_BR = _states_before(model, params, tokens_BS, segments_BS, positions_BS, num_response)
     logprobs_BR, entropy_BR = numerics.chunked_logprobs_and_entropy(
         lambda head, x: decoder.logits(model, head, x) / temperature,
@@ -295,6 +292,13 @@ def response_values(
     return jnp.where(is_real_BR, decoder.values(model, params, x_BRD), 0.0)
 
 
+def _check_policy(model: ModelConfig, temperature: float) -> None:
+    if model.head != "lm":
+        raise ValueError(f"A policy needs model.head='lm', not {model.head!r}.")
+    if not temperature > 0:
+        raise ValueError(f"rollout.temperature must be positive where log-probs are trained, not {temperature}.")
+
+
 def _states_before(
     model: ModelConfig, params: Params, tokens_BS: Array, segments_BS: Array, positions_BS: Array, num_response: int
 ) -> tuple[Array, Array]:
@@ -320,10 +324,7 @@ def make_policy(model: ModelConfig, config: PPOConfig, temperature: float) -> Ob
     Raises:
       ValueError: if model.head is not 'lm' or temperature not positive; at trace time, if a KL term has no reference.
     """
-    if model.head != "lm":
-        raise ValueError(f"A policy needs model.head='lm', not {model.head!r}.")
-    if not temperature > 0:
-        raise ValueError(f"rollout.temperature must be positive where log-probs are trained, not {temperature}.")
+    _check_policy(model, temperature)
 
     def policy(params, batch: Trajectory, rng) -> tuple[Array, Metrics]:
         del rng
