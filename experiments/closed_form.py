@@ -1,6 +1,6 @@
 """Proof of the RL step: on tasks small enough to enumerate, the trained policy is the one that theory predicts.
 
-    python -m experiments.closed_form [--algorithms=ppo,rloo,grpo] [--kl_coefs=0.25,0.5,1] [--seeds=0,1,2]
+    python -m experiments.closed_form [--algorithms=ppo,rloo,grpo] [--kl_coefs=0.4,0.5,0.7] [--seeds=0,1,2]
 
 A tiny transformer answers 4 prompts with at most 3 tokens out of 6, EOS among them; every response has a random reward.
 With the KL in the reward, the optimum of E[r] - beta KL(pi || ref) is pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x) (Korbak
@@ -119,7 +119,7 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
 def solve(
     algorithm: str, beta: float, seed: int, *, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
-    steps: int = 400, rows: int = 1024, learning_rate: float = 3e-3,
+    steps: int = 500, rows: int = 1024, learning_rate: float = 3e-3,
 ) -> tuple[float, float]:  # fmt: skip
     """Train; returns KL(pi || pi*) before and after. algorithm: ppo, rloo or grpo (without std scaling)."""
     task = Task(length, seed)
@@ -193,7 +193,7 @@ def main(flags: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", default="ppo,rloo,grpo")
-    parser.add_argument("--kl_coefs", default="0.25,0.5,1")
+    parser.add_argument("--kl_coefs", default="0.4,0.5,0.7")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=400, help="iterations of 1024 responses")
+    parser.add_argument("--steps", type=int, default=500, help="iterations of 1024 responses")
     main(parser.parse_args())

@@ -89,7 +89,14 @@ def sample_prompts(config: Config, start: Start, data: pipeline.Data) -> list[tu
             more = {"reference": tokenizer.decode(reference), "source": name}
             prompts.append((tokenizer.decode(prompt), prompt, more))
     room = start.model.max_seq_length - config.samples.max_new_tokens
-    return [p for p in prompts if start.model.position != "learned" or len(p[1]) <= room]
+    fits = lambda ids: start.model.position != "learned" or len(ids) <= room
+    for text, ids, _ in prompts[: len(config.samples.prompts)]:
+        if not fits(ids):
+            raise ValueError(
+                f"samples.prompts: {text!r} with samples.max_new_tokens={config.samples.max_new_tokens} is longer than "
+                f"model.max_seq_length={start.model.max_seq_length}."
+            )
+    return [prompt for prompt in prompts if fits(prompt[1])]
 
 
 if __name__ == "__main__":

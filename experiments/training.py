@@ -64,7 +64,9 @@ def train_in(
 
     prepare: (mesh, folder for tokens) -> the job; called once it is clear that there is something to do.
     """
-    resolved = to_dict(config) | {"model": to_dict(model)}
+    # Adapters find their base by it, from wherever they are loaded.
+    parent = os.path.abspath(config.init_from) if config.init_from else ""
+    resolved = to_dict(config) | {"model": to_dict(model), "init_from": parent}
     mesh = partition.make_mesh(config.mesh, config.dcn_mesh)
     check_mesh(config, model, mesh)
     with workdirs.lock(workdir):

@@ -26,6 +26,8 @@ def evaluate(
         for name, value in jax.device_get(dict(eval_step(params, frozen, batch))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     weight = sums["weight"]
+    if not weight:
+        raise ValueError(f"{group}: nothing in the held-out data counts (preferences that are all ties, for instance).")
     metrics = {f"{group}/{name}": sums[name] / weight for name in sums if name not in ("weight", "bytes", "objective")}
     if "log_z" in sums:  # a loss over a vocabulary
         metrics[f"{group}/perplexity"] = math.exp(min(sums["loss"] / weight, 700.0))

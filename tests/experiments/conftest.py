@@ -1,11 +1,13 @@
 """A tiny corpus, its tokenizer and the command line of a tiny pretraining run, shared by the tests of the stages."""
 
+import concurrent.futures
 import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -50,11 +52,12 @@ def killed(file: str, step: int, stage: str, *arguments: str) -> subprocess.Comp
 def here(stage: str, *arguments: str) -> None:
     """Run a stage in this process, on its eight devices; ValueError where the command would say it and exit with 2."""
     from experiments import cli
+    from jaxgpt.train.config import PretrainConfig
 
     module = importlib.import_module(f"experiments.{stage}")
     rest, overrides = cli.split_overrides(["", *arguments])
     flags = dict(flag.removeprefix("--").split("=", 1) for flag in rest[1:])
-    config = cli.load_config(str(ROOT / flags.get("config", f"configs/{stage}.py")), overrides, module.Config)
+    config = cli.load_config(str(ROOT / flags["config"]), overrides, getattr(module, "Config", PretrainConfig))
     module.main(config, flags["workdir"])
 
 
@@ -117,18 +120,19 @@ def records(tmp_path_factory) -> dict[str, str]:
     """Files of records: two tasks that the prompt tells apart, and preferences for answers that go on with " and 6"."""
     folder = tmp_path_factory.mktemp("records")
     pairs = [(f"{a} {verb} {b}", a, b) for a in NAMES for b in NAMES for verb in VERBS if a != b]
+    preferences = [
+        {"prompt": f"{text}?", "chosen": f"{b}{' and 6' * k}.", "rejected": f"{b}{' sees' * (3 - k)}."}
+        for text, _, b in pairs for k in (1, 2)
+    ]  # fmt: skip
     contents = {
         "first": [{"prompt": f"first of {text}?", "response": f"{a}."} for text, a, _ in pairs],
-        "last": [{"prompt": f"last of {text}?", "response": f"{b}."} for text, _, b in pairs],
-        "preferences": [
-            {"prompt": f"{text}?", "chosen": f"{b}{' and 6' * k}.", "rejected": f"{b}{' sees' * (3 - k)}."}
-            for text, _, b in pairs for k in (1, 2)
-        ],
+        "last": [{"prompt": f"last of {text}?", "response": f"{b} and 6."} for text, _, b in pairs],
+        "preferences": [row for i, row in enumerate(preferences) if i % 8 > 1],
+        "preferences_eval": [row for i, row in enumerate(preferences) if i % 8 < 2],
         "ranked": [
             {"prompt": f"{text}?", "responses": [f"{b} and 6.", [f"{b}.", f"{b}!"], f"{b} sees."]} for text, _, b in pairs
         ],
     }  # fmt: skip
-    contents |= {"preferences_train": contents["preferences"][::2], "preferences_eval": contents["preferences"][1::4]}
     for name, rows in contents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: str(folder / f"{name}.jsonl") for name in contents}
@@ -143,3 +147,56 @@ def finetuning(stage: str, preset: str, parent, data: str, **fields) -> list[str
         "optimizer.warmup_steps": 2,
     } | {name.replace("__", "."): value for name, value in fields.items()}  # fmt: skip
     return [f"--config=configs/{stage}.py:{preset}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+ADAPTED = ("query", "value", "mlp/down")
+LORA = {"lora__rank": 4, "lora__alpha": 4, "lora__target_modules": "|".join(ADAPTED)}
+PROMPT = "first of Ann likes Bob?"
+
+
+class Run(NamedTuple):
+    """A finished run and the command that made it."""
+
+    stage: str
+    arguments: list[str]
+    workdir: pathlib.Path
+    done: subprocess.CompletedProcess
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="session")
+def runs(finished, records, tmp_path_factory) -> dict[str, Run]:
+    """The stages in a chain, each undisturbed: pretrained -> sft -> lora -> reward (with adapters), and sft -> dpo."""
+    root = tmp_path_factory.mktemp("finetune")
+    sft = root / "sft"
+    samples = {"samples__prompts": PROMPT, "samples__num_heldout": 1, "samples__max_new_tokens": 6}
+    # Adam divides even gradients that are nothing but rounding errors by themselves; eps keeps 8 devices close to 1.
+    adapters = LORA | {"optimizer__learning_rate": 0.02, "optimizer__eps": 1e-4}
+    pairs = {"data__eval": records["preferences_eval"], "model__dropout": 0.0}
+    plans = {
+        "sft": finetuning("sft", "full", finished[0], records["first"], **samples),
+        "lora": finetuning("sft", "lora", sft, records["last"], **adapters, lora__dropout=0.1),
+        "reward": finetuning(
+            "reward", "lora", root / "lora", records["preferences"], **adapters, **pairs, report_card__max_ece="none"
+        ),
+        "dpo": finetuning("dpo", "full", sft, records["preferences"], **pairs),
+    }
+
+    def train(name: str) -> Run:
+        stage = "sft" if name == "lora" else name
+        done = command(stage, f"--workdir={root / name}", *plans[name])
+        assert done.returncode == 0, done.stderr
+        return Run(stage, plans[name], root / name, done)
+
+    made = {"sft": train("sft")}
+    base = files(sft)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of a command's time is one core's
+        dpo = pool.submit(train, "dpo")
+        made |= {"lora": train("lora")}
+        made |= {"reward": train("reward"), "dpo": dpo.result()}
+    assert files(sft) == base, "a run wrote into its parent's workdir"
+    return made

@@ -1,6 +1,7 @@
 """SFT, reward models and DPO from the command line: what they learn and leave, killed, on 8 devices, merged, refused."""
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -8,7 +9,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,10 @@ from jaxgpt.data.chat import Message
 from jaxgpt.models import decoder
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import LoadedModel, abstract_params, load_model, load_params, read_run, trainable
-from tests.experiments.conftest import command, finetuning, here, killed
+from tests.experiments.conftest import ADAPTED, PROMPT, command, files, finetuning, here, killed
 from tests.experiments.test_pretrain import rows
 
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-ADAPTED = ("query", "value", "mlp/down")
-LORA = {"lora__rank": 4, "lora__target_modules": "|".join(ADAPTED)}
-PROMPT = "first of Ann likes Bob?"
-
-
-class Run(NamedTuple):
-    """A finished run and the command that made it."""
-
-    stage: str
-    arguments: list[str]
-    workdir: pathlib.Path
-    done: subprocess.CompletedProcess
 
 
 def manifest(workdir) -> dict:
@@ -46,10 +34,6 @@ def manifest(workdir) -> dict:
 
 def digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def state(workdir) -> dict[str, np.ndarray]:
@@ -70,41 +54,11 @@ def load(workdir) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def runs(finished, records, tmp_path_factory) -> dict[str, Run]:
-    """The stages in a chain, each undisturbed: pretrained -> sft -> lora -> reward (with adapters), and sft -> dpo."""
-    root = tmp_path_factory.mktemp("finetune")
-    sft = root / "sft"
-    samples = {"samples__prompts": PROMPT, "samples__num_heldout": 1, "samples__max_new_tokens": 6}
-    pairs = {"data__eval": records["preferences_eval"], "model__dropout": 0.0}
-    plans = {
-        "sft": finetuning("sft", "full", finished[0], records["first"], **samples),
-        "lora": finetuning("sft", "lora", sft, records["last"], **LORA, lora__dropout=0.1),
-        "reward": finetuning("reward", "lora", root / "lora", records["preferences_train"], **LORA, **pairs),
-        "dpo": finetuning("dpo", "full", sft, records["preferences_train"], **pairs),
-    }
-
-    def train(name: str) -> Run:
-        stage = "sft" if name == "lora" else name
-        done = command(stage, f"--workdir={root / name}", *plans[name])
-        assert done.returncode == 0, done.stderr
-        return Run(stage, plans[name], root / name, done)
-
-    made = {"sft": train("sft")}
-    base = files(sft)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of a command's time is one core's
-        dpo = pool.submit(train, "dpo")
-        made |= {"lora": train("lora")}
-        made |= {"reward": train("reward"), "dpo": dpo.result()}
-    assert files(sft) == base, "a run wrote into its parent's workdir"
-    return made
-
-
-@pytest.fixture(scope="module")
 def resumed(runs, tmp_path_factory) -> dict[str, tuple[pathlib.Path, subprocess.CompletedProcess]]:
     """Every run again, killed on its way and restarted by the same command."""
     root = tmp_path_factory.mktemp("resumed")
     # Within an evaluation, between checkpoints, and after the last row but before its checkpoint.
-    places = {"sft": ("samples.jsonl", 6), "lora": ("metrics.jsonl", 10), "reward": ("metrics.jsonl", 12)}
+    places = {"sft": ("samples.jsonl", 12), "lora": ("metrics.jsonl", 10), "reward": ("metrics.jsonl", 12)}
 
     def resume(name: str):
         flags = (f"--workdir={root / name}", *runs[name].arguments)
@@ -122,7 +76,7 @@ def test_killed_and_restarted_equals_undisturbed_bit_for_bit(runs, resumed, name
     workdir, done = resumed[name]
     undisturbed = runs[name].workdir
     assert done.returncode == 0, done.stderr
-    assert re.search(r"training from step [48]\.", done.stdout) or name == "sft"
+    assert re.search(r"training from step [48]\.", done.stdout)
     assert rows(workdir) == rows(undisturbed)
     before, after = state(undisturbed), state(workdir)
     assert before.keys() == after.keys()
@@ -136,9 +90,7 @@ def test_killed_and_restarted_equals_undisturbed_bit_for_bit(runs, resumed, name
     assert one | {"git_commit": ""} == other | {"git_commit": ""}
 
 
-@pytest.mark.parametrize(
-    ("name", "parent"), [("sft", "finished"), ("lora", "sft"), ("reward", "lora"), ("dpo", "sft")]
-)
+@pytest.mark.parametrize(("name", "parent"), [("sft", "finished"), ("lora", "sft"), ("reward", "lora"), ("dpo", "sft")])
 def test_a_stage_learns_and_leaves_what_the_contract_says(finished, runs, capsys, name, parent):
     run = runs[name]
     assert "Finished at step 12" in run.done.stdout
@@ -148,7 +100,7 @@ def test_a_stage_learns_and_leaves_what_the_contract_says(finished, runs, capsys
     if name in ("reward", "dpo"):
         assert {"reward/accuracy", "reward/margin"} < logged[-1].keys()
         assert logged[-1]["eval/accuracy"] > 0.8
-        assert logged[-1]["eval/margin"] > logged[0]["eval/margin"] + 1
+        assert logged[-1]["eval/margin"] > logged[0]["eval/margin"] + 0.3
     if name == "dpo":  # the policy starts as the reference
         assert logged[0]["eval/margin"] == 0
         assert logged[0]["eval/loss"] == pytest.approx(math.log(2))
@@ -177,12 +129,13 @@ def test_generate_continues_the_template_and_agrees_with_the_samples(runs):
     workdir = runs["sft"].workdir
     model = load(workdir)
     ids = list(model.template.encode_prompt(model.tokenizer, [Message("user", PROMPT)]))
-    assert model.tokenizer.decode(ids[1:]) != PROMPT
+    assert ids[1:] != list(model.tokenizer.encode(PROMPT))
     start = len(ids)
-    while len(ids) < start + 6 and ids[-1] not in model.template.stop_ids(model.tokenizer)[: len(ids) - start]:
+    forward = jax.jit(functools.partial(decoder.forward, model.config))
+    while len(ids) < start + 6 and ids[-1] not in model.template.stop_ids(model.tokenizer):
         tokens = np.zeros((1, 48), np.int32)
         tokens[0, : len(ids)] = ids
-        ids.append(int(decoder.forward(model.config, model.params, jnp.asarray(tokens))[0, len(ids) - 1].argmax()))
+        ids.append(int(forward(model.params, jnp.asarray(tokens))[0, len(ids) - 1].argmax()))
     expected = model.tokenizer.decode(ids[start:])
     done = command("generate", "--config=configs/generate.py:greedy", f"--config.init_from={workdir}",
                    f"--config.prompt={PROMPT}", "--config.max_new_tokens=6")  # fmt: skip
@@ -195,19 +148,23 @@ def test_generate_continues_the_template_and_agrees_with_the_samples(runs):
     assert samples[-1]["reference"].endswith(".")  # of the held-out prompt
 
 
+def assert_equal_to_rounding(workdir, other) -> None:
+    ours, theirs = rows(workdir), rows(other)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lora", "reward"])
-def test_eight_devices_agree_with_one_to_rounding(runs, tmp_path, name):
+def test_eight_devices_equal_one_to_rounding(runs, tmp_path, name):
     run = runs[name]
     here(run.stage, f"--workdir={tmp_path}", *run.arguments, *MESH)
-    for ours, theirs in zip(rows(tmp_path), rows(run.workdir), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert_equal_to_rounding(tmp_path, run.workdir)
 
 
-def test_precomputed_references_on_eight_devices_give_the_same_as_a_kept_one(runs, tmp_path):
-    run = runs["dpo"]
-    here("dpo", f"--workdir={tmp_path}", *run.arguments, *MESH, "--config.precompute_reference=true")
-    for ours, theirs in zip(rows(tmp_path), rows(run.workdir), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+def test_precomputed_references_on_eight_devices_equal_a_kept_reference_on_one(runs, tmp_path):
+    here("dpo", f"--workdir={tmp_path}", *runs["dpo"].arguments, *MESH, "--config.precompute_reference=true")
+    assert_equal_to_rounding(tmp_path, runs["dpo"].workdir)
 
 
 def is_adapted(name: str) -> bool:
@@ -298,12 +255,13 @@ def test_scores_are_the_shifted_rewards_in_the_order_of_the_file(runs, records, 
     assert rewards["chosen"].mean() == pytest.approx(0, abs=1e-5)  # the held-out set is what the shift is made from
     assert (rewards["chosen"] > rewards["rejected"]).mean() > 0.8
     model, shift = load(workdir), manifest(workdir)["reward_shift"]
-    for record in scored[:3]:
+    hidden = jax.jit(functools.partial(decoder.hidden_states, model.config))
+    for record in scored[:2]:
         messages = [Message("user", record["prompt"]), Message("assistant", record["response"])]
         ids = model.template.encode(model.tokenizer, messages, loss_on="completion").ids
-        x_BTD = decoder.hidden_states(model.config, model.params, jnp.asarray(ids)[None])
-        direct = np.float64(x_BTD[0, -1]) @ np.float64(model.params["head"]["kernel"])[:, 0]
-        assert record["reward"] == pytest.approx(direct + float(model.params["head"]["bias"][0]) - shift, abs=1e-4)
+        last_D = np.float64(hidden(model.params, jnp.asarray(ids)[None])[0, -1])
+        direct = last_D @ np.float64(model.params["head"]["kernel"])[:, 0] + float(model.params["head"]["bias"][0])
+        assert record["reward"] == pytest.approx(direct - shift, abs=1e-4)
 
 
 def test_the_report_card_is_kept_shown_and_in_the_manifest(runs):
@@ -331,16 +289,25 @@ def test_a_mixture_of_tasks_has_the_loss_of_each_and_their_mean(finished, record
 
 def test_ranked_lists_without_a_held_out_set_train_every_parameter(runs, records, tmp_path):
     fields = {"data__holdout__fraction": 0, "reward__loss": "plackett_luce"}
-    here("reward", f"--workdir={tmp_path}", *finetuning("reward", "full", runs["sft"].workdir, records["ranked"], **fields))
+    here(
+        "reward",
+        f"--workdir={tmp_path}",
+        *finetuning("reward", "full", runs["sft"].workdir, records["ranked"], **fields),
+    )
     *_, last = rows(tmp_path)
     assert last["reward/accuracy"] > 0.8
     assert math.isfinite(manifest(tmp_path)["reward_shift"])
-    assert not (tmp_path / "report_card.json").exists()
+    assert "report_card" not in manifest(tmp_path)
     assert load(tmp_path).config.head == "scalar"
 
 
 def test_continued_pretraining_starts_where_its_parent_ended(finished, arguments, tmp_path):
-    flags = [*arguments, f"--config.init_from={finished[0]}", "--config.num_train_steps=2", "--config.eval_at_start=true"]
+    flags = [
+        *arguments,
+        f"--config.init_from={finished[0]}",
+        "--config.num_train_steps=2",
+        "--config.eval_at_start=true",
+    ]
     here("pretrain", f"--workdir={tmp_path}", *flags)
     assert rows(tmp_path)[0]["eval/loss"] == pytest.approx(rows(finished[0])[-1]["eval/loss"], rel=1e-4)
     assert manifest(tmp_path)["parents"]["init_from"]["digest"] == digest(manifest(finished[0]))
@@ -351,7 +318,7 @@ RECORDS = {
     "type": '{"prompt": "Ann?", "response": 3}\n',
     "role": '{"messages": [{"role": "user", "content": "Ann?"}, {"role": "asistant", "content": "Bob."}]}\n',
     "empty": '{"prompt": "Ann?", "response": "Bob."}\n\n{"prompt": "Bob?", "response": " "}\n',
-    "equal": '{"prompt": "Ann?", "chosen": "Bob.", "rejected": "Cid."}\n{"prompt": "Bob?", "chosen": "A", "rejected": "A "}\n',
+    "equal": '{"prompt": "Ann?", "chosen": "Bob.", "rejected": "Cid."}\n{"prompt": "A?", "chosen": "A", "rejected": "A "}\n',
     "rejected": '{"prompt": "Ann?", "chosen": "Bob."}\n',
 }  # fmt: skip
 DIGEST = "[0-9a-f]{12}"
@@ -391,15 +358,15 @@ def mistakes(finished, runs, records, tmp_path_factory) -> dict[str, subprocess.
     command("tokenizer", "--config=configs/tokenizer.py:char", f"--workdir={names['tokenizer']}",
             f"--config.data.train={root}/corpus.txt")  # fmt: skip
 
-    def make(case) -> subprocess.CompletedProcess:
-        stage, parent, flags, _ = case
+    def make(name: str) -> subprocess.CompletedProcess:
+        stage, parent, flags, _ = MISTAKES[name]
         data = names["first" if stage == "sft" else "preferences"]
         flags = [*finetuning(stage, "full", names[parent], data), *(flag.format(**names) for flag in flags)]
-        return command(stage, f"--workdir={root}/run", *flags)
+        return command(stage, f"--workdir={root}/{name}", *flags)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        made = dict(zip(MISTAKES, pool.map(make, MISTAKES.values()), strict=True))
-    assert not (root / "run/checkpoints").exists()
+        made = dict(zip(MISTAKES, pool.map(make, MISTAKES), strict=True))
+    assert not any((root / name / "checkpoints").exists() for name in MISTAKES)
     return made
 
 
