@@ -22,6 +22,7 @@ from jaxgpt.data import conversations, pipeline, preference
 from jaxgpt.models import lora
 from jaxgpt.objectives.dpo import DPOConfig, make_dpo, sequence_logprobs
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.train.config import check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
 from jaxgpt.train.load import abstract_params, load_trunk, without_adapters
 from jaxgpt.train.run import Stage
@@ -47,6 +48,7 @@ class Config(FinetuneConfig):
 def main(config: Config, workdir: str) -> None:
     """Train the run in `workdir`, or go on with it."""
     start = start_from(config)
+    check_lengths(config.data, start.model)
     train_in(workdir, "dpo", config, start.model, functools.partial(prepare, config, start))
 
 

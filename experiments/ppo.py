@@ -38,7 +38,7 @@ class PromptData:
 
 def main(config: RLConfig, workdir: str, name: str = "ppo") -> None:
     """Train the run in `workdir`, or go on with it."""
-    start = start_from(dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2)))
+    start = start_from(config)
     check_room(config, start)
     reward = read_reward_model(config, start)
     train_in(workdir, name, config, start.model, functools.partial(prepare, config, workdir, start, reward))

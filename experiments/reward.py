@@ -25,6 +25,7 @@ from jaxgpt.data import conversations, pipeline, preference
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
 from jaxgpt.train import scoring
+from jaxgpt.train.config import check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
 from jaxgpt.train.run import Stage
 from jaxgpt.train.throughput import training_flops_per_token
@@ -54,6 +55,7 @@ def main(config: Config, workdir: str) -> None:
         score_file(workdir, config.score, config.output, config)
         return
     start = start_from(config, head="scalar")
+    check_lengths(config.data, start.model)
     train_in(workdir, "reward", config, start.model, functools.partial(prepare, config, workdir, start))
 
 

@@ -20,7 +20,7 @@ from jaxgpt.data.chat import Message
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
 from jaxgpt.data.packing import RowPlan, make_plan
 from jaxgpt.objectives.next_token import LossConfig, make_next_token
-from jaxgpt.train.config import SamplesConfig
+from jaxgpt.train.config import SamplesConfig, check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
 from jaxgpt.train.run import Stage
 from jaxgpt.train.throughput import training_flops_per_token
@@ -43,6 +43,7 @@ class Config(FinetuneConfig):
 def main(config: Config, workdir: str) -> None:
     """Train the run in `workdir`, or go on with it."""
     start = start_from(config)
+    check_lengths(config.data, start.model)
     train_in(workdir, "sft", config, start.model, functools.partial(prepare, config, workdir, start))
 
 

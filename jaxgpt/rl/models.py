@@ -18,7 +18,7 @@ from jaxgpt.rl import advantages
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.rollout import Rollout
 from jaxgpt.rl.step import RLState, Setup, Steps
-from jaxgpt.train.finetune import Start
+from jaxgpt.train.finetune import Start, load_start
 from jaxgpt.train.load import (
     Run,
     abstract_params,
@@ -51,7 +51,7 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
         if config.advantage == "gae" and config.critic_init == "reward_model":
             raise ValueError("critic_init='reward_model' needs reward_model; without one use critic_init='policy'.")
         return None
-    run = read_run(config.reward_model)
+    run = read_run(config.reward_model, "reward_model")
     manifest = run.manifest()
     if manifest["stage"] != "reward":
         raise ValueError(f"reward_model: {config.reward_model} is a run of {manifest['stage']}, not a reward model.")
@@ -100,8 +100,10 @@ class Builder:
     def _critic_config(self) -> ModelConfig | None:
         if self.config.advantage == "group":
             return None
-        from_reward = self.config.critic_init == "reward_model" and self.reward is not None
-        trunk = self.reward.config if from_reward and self.reward is not None else without_adapters(self.start.model)
+        if self.reward is None or self.config.critic_init == "policy":
+            trunk = without_adapters(self.start.model)
+        else:
+            trunk = self.reward.config
         return dataclasses.replace(trunk, head="scalar", lora=self.config.lora)
 
     def _abstract(self, model: ModelConfig, optimizer) -> tuple[Any, Params]:
@@ -121,7 +123,7 @@ class Builder:
         if self.critic is not None:
             critic, _, _ = init_state(
                 functools.partial(decoder.init_params, self.critic), self.critic_optimizer, critic_rng, self.mesh,
-                DEFAULT_RULES, trainable(self.critic), loaded=self._load_critic(),
+                DEFAULT_RULES, trainable(self.critic), loaded=self._load_critic(self.critic),
             )  # fmt: skip
         make = lambda rng: (
             jnp.zeros((), jnp.int32),
@@ -133,15 +135,13 @@ class Builder:
         step, kl_coef, moments, rng = jax.jit(make, out_shardings=shardings)(rng)
         return RLState(step, policy, critic, kl_coef, moments, rng), self.reload()
 
-    def _load_critic(self) -> Params:
+    def _load_critic(self, model: ModelConfig) -> Params:
         """The critic's trunk, and with a reward model its head, shifted as its rewards are."""
-        assert self.critic is not None
-        source = self.start.parent
-        if self.config.critic_init == "reward_model" and self.reward is not None:
-            source = self.reward.run
-        params = load_trunk(source, abstract_params(self.critic, self.mesh), self.mesh)
-        if source is not self.start.parent and self.reward is not None:
-            params["head"]["bias"] = params["head"]["bias"] - self.reward.shift
+        abstract = abstract_params(model, self.mesh)
+        if self.reward is None or self.config.critic_init == "policy":
+            return load_start(self.start.parent, model, abstract, self.mesh)
+        params = load_start(self.reward.run, model, abstract, self.mesh)
+        params["head"]["bias"] = params["head"]["bias"] - self.reward.shift
         return params
 
     def reload(self) -> Params:
@@ -149,8 +149,8 @@ class Builder:
         frozen: dict[str, Params] = {}
         reference = load_trunk(self.start.parent, abstract_params(self.setup.reference, self.mesh), self.mesh)
         frozen["policy" if self.config.lora.rank else "reference"] = reference
-        if self.critic_frozen:
-            frozen["critic"] = tree.split(self._load_critic(), trainable(self.critic or self.start.model))[1]
+        if self.critic is not None and self.critic_frozen:
+            frozen["critic"] = tree.split(self._load_critic(self.critic), trainable(self.critic))[1]
         if self.reward is not None:
             frozen["reward"] = load_plain(self.reward.run, self.mesh)[1]
         return frozen

@@ -12,7 +12,7 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
-from jaxgpt.train.config import RunConfig, check_lengths
+from jaxgpt.train.config import RunConfig
 from jaxgpt.train.load import Run, load_trunk, parent_of, read_run, trainable, without_adapters
 from jaxgpt.types import Params
 
@@ -64,22 +64,27 @@ class Start:
         return functools.partial(decoder.init_params, self.model)
 
     def load(self, abstract: Params, mesh: Mesh) -> Params:
-        """The parent's parameters where the model has the same, and the magnitudes that fresh DoRA adapters start with."""
-        named = tree.named_leaves(abstract)
-        base = load_trunk(self.parent, abstract, mesh)
-        magnitudes = tree.named_leaves(lora.magnitudes(self.model, base))
-        return tree.from_named(tree.named_leaves(base) | {n: leaf for n, leaf in magnitudes.items() if n in named})
+        """The parent's parameters where the model has the same; see `load_start`."""
+        return load_start(self.parent, self.model, abstract, mesh)
 
     def trainable(self) -> Callable[[str], bool]:
         """Which parameters are trained."""
         return trainable(self.model)
 
 
+def load_start(run: Run, model: ModelConfig, abstract: Params, mesh: Mesh) -> Params:
+    """A run's parameters where `model` has the same, and the magnitudes that fresh DoRA adapters on them start with."""
+    base = load_trunk(run, abstract, mesh)
+    named = tree.named_leaves(abstract)
+    starts = {name: leaf for name, leaf in tree.named_leaves(lora.magnitudes(model, base)).items() if name in named}
+    return tree.from_named(tree.named_leaves(base) | starts)
+
+
 def start_from(config: FinetuneConfig, *, head: Literal["lm", "scalar"] = "lm") -> Start:
     """Read the parent of a run and settle what depends on it.
 
-    Raises ValueError where init_from is missing or not finished, where tokenizer or template are not the parent's (with
-    the digests), or where rows are longer than the model's sequences.
+    Raises ValueError where init_from is missing or not finished, or where tokenizer or template are not the parent's (with
+    the digests).
     """
     if not config.init_from:
         raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the model to start from.")
@@ -97,5 +102,4 @@ def start_from(config: FinetuneConfig, *, head: Literal["lm", "scalar"] = "lm") 
         )
     if head == "lm" and parent.config.head != "lm":
         raise ValueError(f"init_from: {config.init_from} is a reward model; it has no logits to train.")
-    check_lengths(config.data, model)
     return Start(parent, {"init_from": parent_of(parent, tokenizer, template)}, model, tokenizer, template)

@@ -23,11 +23,15 @@ from jaxgpt.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a training workdir says of itself. config: of the model, adapters included. base: what adapters stand on."""
+    """What a training workdir says of itself. config: of the model, adapters included. base: what adapters stand on.
+
+    field: the config field that named it, for messages.
+    """
 
     workdir: str
     config: ModelConfig
     base: str
+    field: str = "init_from"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -43,7 +47,7 @@ class Run:
         """The manifest; ValueError where the run has not finished."""
         manifest = read_manifest(self.workdir)
         if manifest is None:
-            raise ValueError(f"init_from: {self.workdir} has no manifest.json: the run there has not finished.")
+            raise ValueError(f"{self.field}: {self.workdir} has no manifest.json: the run there has not finished.")
         return manifest
 
     def digest(self) -> str:
@@ -61,16 +65,16 @@ class LoadedModel:
     template: ChatTemplate | None
 
 
-def read_run(workdir: str) -> Run:
+def read_run(workdir: str, field: str = "init_from") -> Run:
     """The run of a workdir, finished or not; ValueError naming what is missing."""
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
-        raise ValueError(f"init_from: {workdir} is not the workdir of a training run: it has no config.json.")
+        raise ValueError(f"{field}: {workdir} is not the workdir of a training run: it has no config.json.")
     with open(path) as file:
         values = json.load(file)
     if "model" not in values:
-        raise ValueError(f"init_from: {workdir} holds no model (stage without one); point to a training run's workdir.")
-    return Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""))
+        raise ValueError(f"{field}: {workdir} holds no model (stage without one); point to a training run's workdir.")
+    return Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
 
 
 def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
@@ -92,7 +96,7 @@ def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
     stored = _named_base(run.workdir)
     if stored is not None and stored != base.digest():
         raise ValueError(
-            f"init_from: the adapters in {run.workdir} were trained on the base {stored[:12]}, but {run.base} now has the "
+            f"{run.field}: the adapters in {run.workdir} were trained on the base {stored[:12]}, but {run.base} now has the "
             f"digest {base.digest()[:12]}."
         )
     trained, frozen = tree.split(abstract, trainable(run.config))
@@ -132,7 +136,7 @@ def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
             continue
         if name not in theirs or theirs[name].shape != leaf.shape:
             there = f"the shape {theirs[name].shape}" if name in theirs else "no such parameter"
-            raise ValueError(f"init_from: {name} has the shape {leaf.shape} here, but {run.workdir} has {there}.")
+            raise ValueError(f"{run.field}: {name} has the shape {leaf.shape} here, but {run.workdir} has {there}.")
         found[name] = theirs[name]
     return tree.from_named(found)
 
@@ -173,7 +177,7 @@ def parent_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate | None = No
     for what, field, theirs, ours in pairs:
         if theirs != ours:
             raise ValueError(
-                f"init_from: {run.workdir} was trained with the {what} {theirs[:12]}, {field} is {ours[:12]}; use the "
+                f"{run.field}: {run.workdir} was trained with the {what} {theirs[:12]}, {field} is {ours[:12]}; use the "
                 "parent's."
             )
     return {"path": os.path.abspath(run.workdir), "digest": digest}

@@ -66,7 +66,7 @@ def runs(finished, records, rewards_file, reward_model, tmp_path_factory) -> dic
                              ppo__num_epochs=2, ppo__kl_target=0.5, optimizer__schedule="constant",
                              critic_optimizer__schedule="constant", ppo__normalize_rewards=True)),
         "lora": ("ppo", flags("ppo", "lora", finished[0], records["first"], reward_model=reward_model,
-                              ppo__num_epochs=1, critic_init="policy", ppo__missing_eos_penalty=-1)),
+                              ppo__num_epochs=1, critic_init="policy", lora__dora=True, ppo__missing_eos_penalty=-1)),
     }  # fmt: skip
 
     def start(name: str):
