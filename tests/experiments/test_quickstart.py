@@ -9,15 +9,13 @@ from tests.experiments.conftest import command
 
 
 def test_every_stage_runs_from_nothing_and_ten_steps_are_not_enough(tmp_path):
-    flags = [f"--workdir={tmp_path}", "--max_bytes=400000", "--num_train_steps=10", "--max_records=200"]
+    flags = [f"--workdir={tmp_path}", "--max_bytes=200000", "--num_train_steps=10", "--max_records=200"]
     done = command("quickstart", *flags)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "not better than where it started: pretrain" in done.stderr
     for stage in ("pretrain", "sft", "reward"):
         assert (tmp_path / stage / "report.html").exists()
     assert (tmp_path / "pretrain" / "samples.jsonl").read_text().count("\n") == 4
-    again = command("quickstart", *flags)
-    assert "is finished: step 10" in again.stdout
 
 
 @pytest.mark.parametrize(
