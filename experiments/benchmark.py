@@ -1,9 +1,10 @@
-"""Benchmarks: what a training step costs here, beside what the device can do, measured in the same run.
+"""Benchmarks: what a training step or an RL iteration costs here, beside what the device can do, in the same run.
 
     python -m experiments.benchmark --config=configs/benchmark.py:cpu_14m [--config.train.batch_size=8]
+    python -m experiments.benchmark --config=configs/benchmark.py:rl
 
 Prints tokens/s, achieved FLOP/s over a measured matmul peak (and over the published peak where the chip is known),
-memory, and compile time.
+memory, and compile time; of RL, the split between rollout, scoring and updates, and decode against memory bandwidth.
 """
 
 import dataclasses
@@ -16,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli
+from experiments import benchmark_rl, cli
 from jaxgpt import partition, tree
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
+from jaxgpt.objectives.ppo import PPOConfig
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rl.rollout import RolloutConfig
 from jaxgpt.train.config import PretrainConfig, check_mesh
 from jaxgpt.train.optimizer import make_optimizer
 from jaxgpt.train.step import init_state, make_train_step
@@ -30,16 +33,33 @@ from jaxgpt.types import LMBatch
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """what: the part that is measured. num_steps: timed repetitions; medians are printed."""
+    """what: a step of `train`, or an iteration of `rl` with models of train.model. num_steps: timed repetitions, of which
+    medians are printed. rollout, ppo: of `rl`.
+    """
 
-    what: Literal["train"] = "train"
+    what: Literal["train", "rl"] = "train"
     num_steps: int = 8
     train: PretrainConfig = PretrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: PPOConfig = PPOConfig(num_minibatches=4)
 
 
 def main(config: BenchmarkConfig, workdir: str) -> None:
-    """Print the table of one training preset."""
+    """Print the table."""
     del workdir
+    if config.what == "rl":
+        table = benchmark_rl.rows(config.train, config.rollout, config.ppo, config.num_steps)
+    else:
+        table = training_rows(config)
+    for name, value in [
+        ("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"),
+        *table,
+    ]:
+        print(f"{name:<28} {value}")
+
+
+def training_rows(config: BenchmarkConfig) -> list[tuple[str, str]]:
+    """The table of one training step."""
     train = config.train
     mesh = partition.make_mesh(train.mesh, train.dcn_mesh)
     check_mesh(train, train.model, mesh)
@@ -74,8 +94,7 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
     dtype = decoder.compute_dtype(train.model)
     measured = matmul_flops(dtype)
     published = peak_flops(jax.devices()[0])
-    table = [
-        ("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"),
+    return [
         ("model", f"{parameters:,} parameters, {jnp.dtype(dtype).name}, {tokens:,} tokens per step"),
         ("step time", f"{statistics.median(seconds):.4f} s (min {min(seconds):.4f}, max {max(seconds):.4f})"),
         ("throughput", f"{rate:,.0f} tokens/s"),
@@ -86,8 +105,6 @@ def main(config: BenchmarkConfig, workdir: str) -> None:
         ("compile time", f"{compile_seconds:.1f} s"),
         *memory_rows(compiled),
     ]
-    for name, value in table:
-        print(f"{name:<28} {value}")
 
 
 def random_batch(config: PretrainConfig) -> LMBatch:

@@ -30,6 +30,7 @@ STAGES = {
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
     ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),
+    ("benchmark", "rl"),
     ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
     ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
     ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
