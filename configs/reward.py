@@ -20,7 +20,7 @@ def get_config(preset: str = "full") -> ConfigDict:
     presets = {
         "full": {"optimizer": {"learning_rate": 1e-4}},
         "lora": {"optimizer": {"learning_rate": 1e-3}, "lora": {"rank": 8}},
-        "quickstart": {"optimizer": {"learning_rate": 5e-4}, "data": {"sequence_length": 128, "eval_batches": 0}},
+        "quickstart": {"optimizer": {"learning_rate": 5e-4}, "data": {"sequence_length": 96, "eval_batches": 0}},
     }
     if preset not in presets:
         raise ValueError(f"configs/reward.py has no preset {preset!r}; there are {', '.join(presets)}.")
