@@ -1,6 +1,5 @@
 """What a policy answers: held-out prompts at evaluations, and what functions on the host say of responses."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,12 @@ from jax.sharding import Mesh
 from jaxgpt import partition
 from jaxgpt.data.prompts import PromptSet
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.objectives.ppo import response_logprobs
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder
 from jaxgpt.rl.rewards import CheckedRewardFn, combine
-from jaxgpt.rl.rollout import Prompts, Rollout, roll_out
-from jaxgpt.rl.step import RLState, policy_params
+from jaxgpt.rl.rollout import Prompts, Rollout
+from jaxgpt.rl.step import RLState, collect, policy_params, reference_params, rollout_logprobs
 from jaxgpt.types import Array, Params
 
 SampleLog = Callable[[int, list[dict[str, Any]]], None]
@@ -64,18 +62,9 @@ def make_evaluate(
 
     def answer(state: RLState, frozen: Params, batch: Prompts, rng: Array):
         with partition.activate(mesh, DEFAULT_RULES):
-            rollout = roll_out(
-                setup.policy, policy_params(state, frozen), batch, rng, max_new=setup.rollout.max_new_tokens,
-                sampler=setup.rollout.sampler, eos_ids=setup.eos_ids, pad_id=setup.pad_id,
-            )  # fmt: skip
-            base = frozen["reference"] if "reference" in frozen else frozen["policy"]
-            places = (rollout.tokens_BS, rollout.segments_BS, rollout.positions_BS)
-            logprobs = functools.partial(
-                response_logprobs, num_response=rollout.response_mask_BR.shape[1],
-                temperature=setup.rollout.temperature, chunk_tokens=setup.ppo.chunk_tokens,
-            )  # fmt: skip
-            policy_BR, _ = logprobs(setup.policy, policy_params(state, frozen), *places)
-            reference_BR, _ = logprobs(setup.reference, base, *places)
+            rollout = collect(setup, state, frozen, batch, rng)
+            policy_BR, _ = rollout_logprobs(setup, setup.policy, policy_params(state, frozen), rollout)
+            reference_BR, _ = rollout_logprobs(setup, setup.reference, reference_params(frozen), rollout)
             kl_B = jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
             return rollout, parts.score(frozen, rollout), kl_B
 

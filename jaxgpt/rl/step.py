@@ -5,7 +5,6 @@ host, the same two halves with the host between them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,12 +120,26 @@ def policy_params(state: RLState, frozen: Params) -> Params:
     return tree.merge(state.policy.params, frozen.get("policy", {}))
 
 
-def collect(setup: Setup, state: RLState, frozen: Params, prompts: Prompts) -> Rollout:
-    """Draw one response to each prompt from the policy."""
-    rollout_rng, _ = _keys(state)
+def reference_params(frozen: Params) -> Params:
+    """The reference's parameters: its own, or the base under the policy's adapters."""
+    return frozen["reference"] if "reference" in frozen else frozen["policy"]
+
+
+def rollout_logprobs(setup: Setup, model: ModelConfig, params: Params, rollout: Rollout) -> tuple[Array, Array]:
+    """(log-probs, entropies) of a rollout's responses under a model, by the trainer's own forward pass, f32 [B, R]."""
+    return response_logprobs(
+        model, params, rollout.tokens_BS, rollout.segments_BS, rollout.positions_BS,
+        num_response=rollout.response_mask_BR.shape[1], temperature=setup.rollout.temperature,
+        chunk_tokens=setup.ppo.chunk_tokens,
+    )  # fmt: skip
+
+
+def collect(setup: Setup, state: RLState, frozen: Params, prompts: Prompts, rng: Array | None = None) -> Rollout:
+    """Draw one response to each prompt from the policy; rng: of the draws, None for this iteration's own."""
+    rng = _keys(state)[0] if rng is None else rng
     with jax.named_scope("rollout"):
         return roll_out(
-            setup.policy, policy_params(state, frozen), prompts, rollout_rng, max_new=setup.rollout.max_new_tokens,
+            setup.policy, policy_params(state, frozen), prompts, rng, max_new=setup.rollout.max_new_tokens,
             sampler=setup.rollout.sampler, eos_ids=setup.eos_ids, pad_id=setup.pad_id,
         )  # fmt: skip
 
@@ -162,14 +175,8 @@ def make_trajectory(
     ppo, mask_BR = setup.ppo, rollout.response_mask_BR
     if not jnp.issubdtype(scores_B.dtype, jnp.floating):
         raise ValueError(f"Scores must be floating point, not {scores_B.dtype}: an integer would cut 0.5 to 0.")
-    logprobs = functools.partial(
-        response_logprobs, tokens_BS=rollout.tokens_BS, segments_BS=rollout.segments_BS,
-        positions_BS=rollout.positions_BS, num_response=mask_BR.shape[1], temperature=setup.rollout.temperature,
-        chunk_tokens=ppo.chunk_tokens,
-    )  # fmt: skip
-    old_BR, entropy_BR = logprobs(setup.policy, policy_params(state, frozen))
-    base = frozen["reference"] if "reference" in frozen else frozen["policy"]
-    reference_BR, _ = logprobs(setup.reference, base)
+    old_BR, entropy_BR = rollout_logprobs(setup, setup.policy, policy_params(state, frozen), rollout)
+    reference_BR, _ = rollout_logprobs(setup, setup.reference, reference_params(frozen), rollout)
 
     scores_B = scores_B.astype(jnp.float32)
     moments = state.moments

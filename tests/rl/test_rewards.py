@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jaxgpt import config
 from jaxgpt.rl import rewards
-from jaxgpt.rl.rewards import RewardSource, combine, final_number, token_f1
+from jaxgpt.rl.rewards import RewardSource, combine
+from jaxgpt.rl.verifiers import final_number, token_f1
 
 
 def score(name, response, record, **options):
