@@ -119,7 +119,7 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
 def solve(
     algorithm: str, beta: float, seed: int, *, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
-    steps: int = 500, rows: int = 1024, learning_rate: float = 3e-3,
+    steps: int = 1000, rows: int = 1024, learning_rate: float = 3e-3,
 ) -> tuple[float, float]:  # fmt: skip
     """Train; returns KL(pi || pi*) before and after. algorithm: ppo, rloo or grpo (without std scaling)."""
     task = Task(length, seed)
@@ -195,5 +195,5 @@ if __name__ == "__main__":
     parser.add_argument("--algorithms", default="ppo,rloo,grpo")
     parser.add_argument("--kl_coefs", default="0.4,0.5,0.7")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=500, help="iterations of 1024 responses")
+    parser.add_argument("--steps", type=int, default=1000, help="iterations of 1024 responses")
     main(parser.parse_args())
