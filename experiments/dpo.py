@@ -59,13 +59,12 @@ def prepare(config: Config, start: Start, mesh: Mesh, cache_dir: str) -> Job:
     if config.precompute_reference:
         data = with_reference_logprobs(config, start, data, mesh)
     rows, length = partition.local_rows(mesh, config.batch_size), config.data.sequence_length
-    candidates = next(iter(data.train.values()))[0].num_candidates
     is_policy = start.trainable()
     stage = Stage(
         init_fn=with_reference(start.init_fn()) if keeps_reference else start.init_fn(),
         objective=make_dpo(start.model, config.dpo, reference(config, start, keeps_reference)),
         **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
-        tokens_per_step=config.batch_size * candidates * length,
+        tokens_per_step=config.batch_size * preference.num_candidates(data) * length,
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=lambda name: is_policy(name) and not name.startswith(REFERENCE),
         load=functools.partial(load, start, mesh),

@@ -23,7 +23,6 @@ from jaxgpt.rl.models import Builder, RewardModel, read_reward_model
 from jaxgpt.rl.program import make_program
 from jaxgpt.rl.rewards import check_records
 from jaxgpt.train.finetune import Start, start_from
-from jaxgpt.train.load import parent_of
 from jaxgpt.train.workdir import JsonLog
 
 
@@ -81,9 +80,7 @@ def prepare(
         fingerprint=train.fingerprint,
         train_rows=rows,
     )
-    parents = dict(start.parents)
-    if reward is not None:
-        parents["reward_model"] = parent_of(reward.run, start.tokenizer, start.template)
+    parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
     return Job(program, data, start.tokenizer, start.template, parents)
 
 

@@ -63,7 +63,6 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
     """The ranking objective over prompts with their responses, and the report card after the last step."""
     data = preference.build_preferences(config.data, start.tokenizer, start.template, config.too_long, cache_dir)
     rows, length = partition.local_rows(mesh, config.batch_size), config.data.sequence_length
-    candidates = next(iter(data.train.values()))[0].num_candidates
     last_step = config.num_steps(data.train_rows)
     card_file = os.path.join(workdir, "report_card.json")
 
@@ -79,7 +78,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
         init_fn=start.init_fn(),
         objective=make_reward(start.model, config.reward),
         **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
-        tokens_per_step=config.batch_size * candidates * length,
+        tokens_per_step=config.batch_size * preference.num_candidates(data) * length,
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=start.trainable(),
         load=functools.partial(start.load, mesh=mesh),

@@ -272,6 +272,12 @@ def _fit_all(
     return examples, note
 
 
+def num_candidates(data: Data) -> int:
+    """C, the same in all sources of `build_preferences`."""
+    plan: Any = next(iter(data.train.values()))[0]
+    return plan.num_candidates
+
+
 def build_preferences(
     config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate, too_long: TooLong, cache_dir: str
 ) -> Data:

@@ -36,9 +36,10 @@ from jaxgpt.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A finished reward model: its run, its plain config, and the shift that is subtracted from its rewards."""
+    """A finished reward model: its run, as a parent {"path", "digest"}, its plain config, and the shift of its rewards."""
 
     run: Run
+    parent: dict[str, str]
     config: ModelConfig
     shift: float
 
@@ -55,7 +56,7 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
     manifest = run.manifest()
     if manifest["stage"] != "reward":
         raise ValueError(f"reward_model: {config.reward_model} is a run of {manifest['stage']}, not a reward model.")
-    parent_of(run, start.tokenizer, start.template)
+    parent = parent_of(run, start.tokenizer, start.template)
     card = manifest.get("report_card", {})
     if config.require_report_card and not card.get("passed", False):
         reasons = " ".join(card.get("failures", ["It has none: there were no held-out pairs."]))
@@ -63,7 +64,7 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
             f"reward_model: the report card of {config.reward_model} has not passed. {reasons} "
             "require_report_card=False uses it all the same."
         )
-    return RewardModel(run, without_adapters(run.config), manifest["reward_shift"])
+    return RewardModel(run, parent, without_adapters(run.config), manifest["reward_shift"])
 
 
 class Builder:

@@ -31,7 +31,7 @@ def make_program(
 ) -> Program:
     """The run as a program of `train.run`."""
     config, reward = parts.config, parts.reward
-    sources = parts.start.sources | ({"reward_model": reward.run.digest()} if reward is not None else {})
+    sources = parts.start.sources | ({"reward_model": reward.parent["digest"]} if reward is not None else {})
     per_update = config.ppo.num_epochs * config.ppo.num_minibatches
     return Program(
         abstract=parts.abstract,
@@ -77,7 +77,7 @@ def make_train(parts: Builder, prompts: PromptSet) -> Callable[[RLState, Params,
 
 
 def with_preflight(config: RLConfig, train_step: Callable) -> Callable:
-    """The train step, whose first call checks what must hold before anything is learnt; ValueError where it does not."""
+    """The train step, whose first call checks what must hold at the first update; ValueError before that is saved."""
     if not config.preflight:
         return train_step
     checked: list[bool] = []

@@ -13,6 +13,7 @@ from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.dpo import DPOConfig, dpo_loss, make_dpo, sequence_logprobs
 from jaxgpt.types import PairBatch
+from tests.objectives.reference import numeric_gradient
 
 MODEL = ModelConfig(
     vocab_size=16,
@@ -65,15 +66,6 @@ def loss_and_gradient(policy, reference, ranks, config, scale=1.0):
         return jnp.sum(scale * loss_B), (loss_B, sums)
 
     return jax.value_and_grad(total, has_aux=True)(policy)
-
-
-def numeric_gradient(f, x, step=1e-5):
-    gradient = np.zeros(x.shape)
-    for index in np.ndindex(x.shape):
-        bump = np.zeros(x.shape)
-        bump[index] = step
-        gradient[index] = (f(x + bump) - f(x - bump)) / (2 * step)
-    return gradient
 
 
 @pytest.mark.parametrize(

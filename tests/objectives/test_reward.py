@@ -16,6 +16,7 @@ from jaxgpt.partition import DEFAULT_RULES, MeshConfig
 from jaxgpt.train.optimizer import OptimizerConfig, make_optimizer
 from jaxgpt.train.step import init_state, make_eval_step, make_train_step
 from jaxgpt.types import PairBatch
+from tests.objectives.reference import numeric_gradient
 
 MODEL = ModelConfig(
     vocab_size=16,
@@ -96,15 +97,6 @@ def loss_and_gradient(rewards, ranks, margins, config, scale=1.0):
         return jnp.sum(scale * loss_B), (loss_B, sums)
 
     return jax.value_and_grad(total, has_aux=True)(rewards)
-
-
-def numeric_gradient(f, x, step=1e-5):
-    gradient = np.zeros(x.shape)
-    for index in np.ndindex(x.shape):
-        bump = np.zeros(x.shape)
-        bump[index] = step
-        gradient[index] = (f(x + bump) - f(x - bump)) / (2 * step)
-    return gradient
 
 
 @pytest.mark.parametrize(
