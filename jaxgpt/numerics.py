@@ -210,6 +210,18 @@ def chunked_logprobs_and_entropy(
     return _map_chunks(of_tokens, head, x_BTD, targets_BT, chunk_tokens)
 
 
+def chunked_logprobs_and_greedy(
+    logits_fn: Callable[[Any, Array], Array], head: Any, x_BTD: Array, targets_BT: Array, *, chunk_tokens: int
+) -> tuple[Array, Array]:
+    """`chunked_token_logprobs`, and 1 where no logit is larger than the target's, else 0, both f32 [B, T]."""
+
+    def of_tokens(head, x, targets):
+        parts = cross_entropy(logits_fn(head, x), targets)[1]
+        return -parts["nll"], parts["accuracy"]
+
+    return _map_chunks(of_tokens, head, x_BTD, targets_BT, chunk_tokens)
+
+
 def _map_chunks(of_tokens: Callable, head: Any, x_BTD: Array, targets_BT: Array, chunk_tokens: int) -> Any:
     """of_tokens(head, x [b, t, D], targets [b, t]) -> a tree of [b, t], over chunks: the tree of [B, T].
 

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from configs import benchmark, pretrain
+from configs import benchmark, evaluate, pretrain
 from experiments import cli, dpo, reward, sft
 from experiments.benchmark import BenchmarkConfig
+from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
 from experiments.tokenizer import Config as TokenizerStage
 from jaxgpt.rl.config import RLConfig
@@ -26,6 +27,7 @@ STAGES = {
     "dpo": dpo.Config,
     "ppo": RLConfig,
     "grpo": RLConfig,
+    "evaluate": EvaluateConfig,
 }
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
@@ -34,7 +36,7 @@ PRESETS = [
     ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
     ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
     ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
-    ("grpo", "rloo"), ("grpo", "reinforce"),
+    ("grpo", "rloo"), ("grpo", "reinforce"), *(("evaluate", name) for name in evaluate._TASKS),
 ]  # fmt: skip
 
 

@@ -11,31 +11,43 @@ from matplotlib.figure import Figure
 
 
 class Curve(NamedTuple):
-    """One figure: its file name, the label with unit of its y axis, and the metrics it shows."""
+    """One figure: its file name, the label with unit of its y axis, and the metrics it shows.
+
+    without: a metric whose runs do not have the figure.
+    """
 
     name: str
     label: str
     metrics: tuple[str, ...]
+    without: str = ""
 
 
 CURVES = (
-    Curve("loss", "loss (nats per token)", ("train/loss", "eval/loss", "eval_ema/loss")),
+    Curve("loss", "loss (nats per token)", ("train/loss", "eval/loss", "eval_ema/loss"), without="objective/kl"),
     Curve("accuracy", "next-token accuracy", ("train/accuracy", "eval/accuracy")),
     Curve("learning_rate", "learning rate", ("train/learning_rate",)),
     Curve("grad_norm", "gradient norm before clipping", ("train/grad_norm",)),
     Curve("throughput", "tokens per second", ("train/tokens_per_second",)),
+    Curve("score", "score (reward units)", ("objective/scores", "eval/scores")),
+    Curve("gold", "gold reward, never optimised", ("eval/gold",)),
+    Curve("kl", "KL to the reference (nats per response)", ("objective/kl", "eval/kl")),
+    Curve("entropy", "entropy of the policy (nats per token)", ("policy/entropy",)),
+    Curve("length", "length of a response (tokens)", ("rollout/mean_length", "eval/mean_length")),
+    Curve("value", "explained variance of the critic", ("value/explained_variance",)),
 )
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], folder: str, reference_lines: Mapping[str, float]) -> list[str]:
     """Draw each curve that has points into folder/NAME.png; returns the paths.
 
-    rows: of metrics.jsonl. reference_lines: name -> nats per token, drawn into the loss. Training metrics are shown
+    rows: of metrics.jsonl. reference_lines: name -> nats per token, drawn into the loss. Metrics of training are shown
     faint as they are and strong as their running mean.
     """
     os.makedirs(folder, exist_ok=True)
     paths = []
     for curve in CURVES:
+        if any(curve.without in row for row in rows):
+            continue
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
         axes = figure.add_subplot()
         drawn = [_draw(axes, rows, metric) for metric in curve.metrics]
@@ -54,10 +66,35 @@ def plot_curves(rows: Sequence[Mapping[str, float]], folder: str, reference_line
         path = os.path.join(folder, f"{curve.name}.png")
         FigureCanvasAgg(figure).print_png(path)
         paths.append(path)
-    return paths
+    return paths + plot_overoptimization(rows, folder)
 
 
-COLORS = {"train": "C0", "eval": "C1", "eval_ema": "C2"}
+def plot_overoptimization(rows: Sequence[Mapping[str, float]], folder: str) -> list[str]:
+    """Score and gold reward of held-out answers against the square root of their KL, if rows have both; [path] or [].
+
+    A proxy that is optimised too far is seen where gold turns down while the score goes on (Gao et al. 2023,
+    arXiv:2210.10760, in whose laws the square root of the KL is the distance travelled).
+    """
+    points = [row for row in rows if {"eval/kl", "eval/scores", "eval/gold"} <= row.keys()]
+    if len(points) < 2:
+        return []
+    distance = [math.sqrt(max(row["eval/kl"], 0.0)) for row in points]
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    for side, metric, color in ((axes, "eval/scores", "C0"), (axes.twinx(), "eval/gold", "C1")):
+        side.plot(distance, [row[metric] for row in points], color=color, marker="o", markersize=4, linewidth=1.6)
+        side.set_ylabel(metric, color=color)
+        side.spines["top"].set_visible(False)
+    for x, row in zip(distance, points, strict=True):
+        axes.annotate(f"{row['step']}", (x, row["eval/scores"]), fontsize=7, color="0.4", ha="center", va="bottom")
+    axes.set_xlabel("sqrt of the KL to the reference (nats^0.5); numbers are steps")
+    axes.grid(alpha=0.25)
+    path = os.path.join(folder, "overoptimization.png")
+    FigureCanvasAgg(figure).print_png(path)
+    return [path]
+
+
+COLORS = {"eval": "C1", "eval_ema": "C2"}  # of what is not training
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, float]], metric: str) -> bool:
@@ -67,8 +104,8 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, float]], metric: str) -> bool:
         return False
     steps, values = zip(*points, strict=True)
     group = metric.split("/")[0]
-    color = COLORS[group]
-    if group == "train" and len(values) > 20:
+    color = COLORS.get(group, "C0")
+    if group not in COLORS and len(values) > 20:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(steps, running_mean(values, max(len(values) // 40, 2)), color=color, linewidth=1.6, label=group)
     else:

@@ -4,11 +4,15 @@ import base64
 import html
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
 from jaxgpt.train.workdir import read_rows
+
+MAX_TASK_SAMPLES = 20  # an evaluation has one for every record
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -38,21 +42,26 @@ def write_report(workdir: str) -> str:
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=sub>{_status(rows, config, manifest)}</p>",
         _report_card(workdir),
+        _evaluation(workdir),
         _metrics_table(rows, manifest),
-        f"<h2>Curves</h2><div class=plots>{''.join(_image(p) for p in plots)}</div>" if plots else "",
+        f"<h2>Curves</h2><div class=plots>{''.join(image(p) for p in plots)}</div>" if plots else "",
         _samples(samples),
         _details("Config", config),
         _details("Provenance", {k: v for k, v in manifest.items() if k not in ("config", "final_metrics")}),
     ]
-    page = (
+    path = os.path.join(workdir, "report.html")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page(title, parts))
+    return path
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole HTML document from the parts of its body."""
+    return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
-    path = os.path.join(workdir, "report.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-    return path
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def _load(path: str) -> dict[str, Any]:
 
 def _status(rows: list[dict], config: dict, manifest: dict) -> str:
     if not rows:
-        return "Nothing was logged yet."
+        return "finished" if manifest else "Nothing was logged yet."
     steps = config.get("num_train_steps")
     end = "finished" if manifest else "unfinished"
     return f"{end} at step {rows[-1]['step']:,}" + (f" of {steps:,}" if steps else "")
@@ -75,8 +84,14 @@ def _report_card(workdir: str) -> str:
     card = _load(os.path.join(workdir, "report_card.json"))
     if "passed" not in card:
         return ""
-    images = "".join(_image(path) for path in plot_report_card(card, os.path.join(workdir, "plots")))
+    images = "".join(image(path) for path in plot_report_card(card, os.path.join(workdir, "plots")))
     return f"{report_card_html(card)}<div class=plots>{images}</div>"
+
+
+def _evaluation(workdir: str) -> str:
+    """The results of an evaluation, where the run left some in WORKDIR/results.json."""
+    results = _load(os.path.join(workdir, "results.json"))
+    return evaluation_html(results["tasks"]) if results else ""
 
 
 def _metrics_table(rows: list[dict], manifest: dict) -> str:
@@ -95,7 +110,8 @@ def _metrics_table(rows: list[dict], manifest: dict) -> str:
     return f"<h2>Metrics</h2><table><tr><th>metric<th>last value<th>at step</tr>{body}</table>" if body else ""
 
 
-def _image(path: str) -> str:
+def image(path: str) -> str:
+    """A PNG file as an img element that holds it."""
     with open(path, "rb") as file:
         data = base64.b64encode(file.read()).decode()
     name = os.path.splitext(os.path.basename(path))[0].replace("_", " ")
@@ -103,18 +119,25 @@ def _image(path: str) -> str:
 
 
 def _samples(samples: list[dict]) -> str:
-    """The texts of the last step that has any, then those of the others, folded."""
-    steps = sorted({row["step"] for row in samples}, reverse=True)
+    """The texts of the last step that has any, then those of the others, folded; of an evaluation, the first of each task."""
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(samples, key=lambda row: -row.get("step", 0)):
+        groups.setdefault(f"step {row['step']:,}" if "step" in row else row["task"], []).append(row)
     parts = []
-    for step in steps:
+    for i, (name, rows) in enumerate(groups.items()):
+        shown = rows if "step" in rows[0] else rows[:MAX_TASK_SAMPLES]
         texts = "".join(
-            f"<pre><b>{html.escape(str(row['prompt']))}</b>{html.escape(str(row['response']))}</pre>"
-            for row in samples
-            if row["step"] == step
+            f"<pre><b>{html.escape(str(row['prompt']))}</b>{html.escape(str(row.get('response', '')))}{_judged(row)}</pre>"
+            for row in shown
         )
-        opened = " open" if step == steps[0] else ""
-        parts.append(f"<details{opened}><summary>step {step:,}</summary>{texts}</details>")
+        opened = "" if i else " open"
+        parts.append(f"<details{opened}><summary>{html.escape(name)}</summary>{texts}</details>")
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
+
+
+def _judged(row: dict) -> str:
+    shown = ", ".join(f"{name} {row[name]:.4g}" for name in ("scores", "gold", "kl") if name in row)
+    return f"\n<b>{shown}</b>" if shown else ""
 
 
 def _details(title: str, content: dict) -> str:

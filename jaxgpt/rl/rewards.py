@@ -58,7 +58,7 @@ class RewardSource:
             raise ValueError(f"The weight of the reward {self.name!r} must be a finite number, not {self.weight}.")
         if self.name in REWARDS:
             config_lib.build(REWARDS[self.name], self.options, f"{self.name}.options")
-        elif _file_and_function(self.name) is None:
+        elif file_and_function(self.name) is None:
             close = difflib.get_close_matches(self.name, REWARDS, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"There is no reward {self.name!r}; the nearest is {close!r}, and a function of your own is named as "
@@ -88,7 +88,7 @@ def combine(sources: Mapping[str, RewardSource] | Sequence[RewardSource]) -> Che
 
     def rewards(prompts, responses, records, where) -> Rewards:
         by_source = {
-            label: _checked(labelled[label].name, function, (prompts, responses, records), where)
+            label: checked_values(labelled[label].name, function, (prompts, responses, records), where)
             for label, function in functions.items()
         }
         with np.errstate(all="ignore"):
@@ -112,7 +112,7 @@ def check_records(
     empty = [""] * len(records)
     for source in sources.values() if isinstance(sources, Mapping) else sources:
         if source.name in REWARDS:
-            _checked(source.name, load(source), (empty, empty, records), where)
+            checked_values(source.name, load(source), (empty, empty, records), where)
 
 
 def load(source: RewardSource) -> RewardFn:
@@ -120,7 +120,7 @@ def load(source: RewardSource) -> RewardFn:
     if source.name in REWARDS:
         score: Any = config_lib.build(REWARDS[source.name], source.options, f"{source.name}.options")
         return lambda prompts, responses, records: [score(*pair) for pair in zip(responses, records, strict=True)]
-    function = _load_function(source.name)
+    function = load_function(source.name)
     try:
         inspect.signature(function).bind([], [], [], **source.options)
     except TypeError as error:
@@ -138,24 +138,25 @@ def load(source: RewardSource) -> RewardFn:
 def _labels(sources: Sequence[RewardSource]) -> Iterator[str]:
     seen: Counter = Counter()
     for source in sources:
-        name = (_file_and_function(source.name) or ("", source.name))[1]
+        name = (file_and_function(source.name) or ("", source.name))[1]
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
-def _file_and_function(name: str) -> tuple[str, str] | None:
+def file_and_function(name: str) -> tuple[str, str] | None:
     """The parts of file.py:function, None for any other name."""
     path, colon, function = name.rpartition(":")
     return (path, function) if colon and path.endswith(".py") and function.isidentifier() else None
 
 
-def _load_function(name: str) -> Callable[..., Any]:
-    path, function = _file_and_function(name) or (name, "")
+def load_function(name: str, what: str = "reward") -> Callable[..., Any]:
+    """The function of file.py:function, from the file as it is now; ValueError, in which it is the `what` it serves as."""
+    path, function = file_and_function(name) or (name, "")
     try:
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
-        raise ValueError(f"The reward {name!r}: {path} cannot be read ({error.strerror}).") from error
+        raise ValueError(f"The {what} {name!r}: {path} cannot be read ({error.strerror}).") from error
     # Not importlib, which would keep byte code beside the file and take it for a file changed within the same second.
     module = types.ModuleType(f"jaxgpt_reward_{os.path.basename(path).removesuffix('.py')}")
     module.__file__ = path
@@ -163,24 +164,29 @@ def _load_function(name: str) -> Callable[..., Any]:
     try:
         exec(compile(source, path, "exec"), module.__dict__)
     except SyntaxError as error:
-        raise ValueError(f"The reward {name!r}: {error.filename}, line {error.lineno}: {error.msg}.") from error
+        raise ValueError(f"The {what} {name!r}: {error.filename}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:
-        raise ValueError(f"The reward {name!r} cannot be loaded: {_cause(error, path)}.") from error
+        raise ValueError(f"The {what} {name!r} cannot be loaded: {_cause(error, path)}.") from error
     found = getattr(module, function, None)
     if not callable(found):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         close = difflib.get_close_matches(function, there, n=1, cutoff=0.0)
         nearest = f"; the nearest is {close[0]!r}" if close else ", nor any other"
-        raise ValueError(f"The reward {name!r}: {path} has no function {function!r}{nearest}.")
+        raise ValueError(f"The {what} {name!r}: {path} has no function {function!r}{nearest}.")
     return found
 
 
-_Batch = tuple[Sequence[str], Sequence[str], Sequence[dict[str, Any]]]
+_Batch = tuple[Sequence[Any], ...]  # the prompts, their responses, ...; of one length
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def _checked(name: str, function: RewardFn, batch: _Batch, where: Sequence[str]) -> np.ndarray:
-    """The values (f64 [B]) of a reward function, each a finite number that fits f32; raises as `combine` says."""
+def checked_values(
+    name: str, function: Callable[..., Any], batch: _Batch, where: Sequence[str], what: str = "reward"
+) -> np.ndarray:
+    """The values (f64 [B]) of function(*batch), each a finite number that fits f32; raises as `combine` says.
+
+    what: "reward", or what else the function gives, for messages.
+    """
     count = len(where)
     if not count:
         return np.zeros(0)
@@ -190,25 +196,25 @@ def _checked(name: str, function: RewardFn, batch: _Batch, where: Sequence[str])
     except Exception as error:
         culprit = _culprit(function, batch)
         place = f"the prompt of {where[culprit]}" if culprit is not None else f"{prompts}, but for none of them alone"
-        path = (_file_and_function(name) or ("", ""))[0]
-        raise ValueError(f"The reward function {name} failed for {place}: {_cause(error, path)}.") from error
+        path = (file_and_function(name) or ("", ""))[0]
+        raise ValueError(f"The {what} function {name} failed for {place}: {_cause(error, path)}.") from error
     try:
         found = -1 if isinstance(values, str | bytes | Mapping | Set) else len(values)
     except TypeError:
         found = -1
     if found < 0:
         raise ValueError(
-            f"The reward function {name} returned {type(values).__name__} for {prompts}; it must return a list or "
+            f"The {what} function {name} returned {type(values).__name__} for {prompts}; it must return a list or "
             f"array of {count} numbers, one for each response."
         )
     if found != count:
-        raise ValueError(f"The reward function {name} returned {found} values for {count} responses, {prompts}.")
+        raise ValueError(f"The {what} function {name} returned {found} values for {count} responses, {prompts}.")
     checked_B = np.empty(count)
     for i, value in enumerate(values):
         number = _number(value)
         if number is None or not abs(number) <= _LARGEST:
             raise ValueError(
-                f"The reward function {name} returned {shortened(value)} for the prompt of {where[i]}; a reward must "
+                f"The {what} function {name} returned {shortened(value)} for the prompt of {where[i]}; a {what} must "
                 f"be a finite number. The response was {shortened(batch[1][i])}."
             )
         checked_B[i] = number
@@ -227,12 +233,12 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _culprit(function: RewardFn, batch: _Batch) -> int | None:
+def _culprit(function: Callable[..., Any], batch: _Batch) -> int | None:
     """The first prompt for which the function raises when it is alone, by bisection; None where it does for none."""
 
     def fails(low: int, high: int) -> bool:
         try:
-            function(*(part[low:high] for part in batch))  # type: ignore[arg-type]
+            function(*(part[low:high] for part in batch))
         except Exception:
             return True
         return False

@@ -35,6 +35,21 @@ def test_a_full_run_is_shown_in_one_file(tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"loss.png", "learning_rate.png", "grad_norm.png"}
 
 
+def test_a_run_of_reinforcement_learning_shows_where_gold_leaves_the_score(tmp_path):
+    row = lambda s: {
+        "objective/kl": s / 9,
+        "eval/kl": s / 9,
+        "eval/scores": float(s),
+        "eval/gold": s * (5 - s),
+        "eval/loss": 0,
+    }
+    write(tmp_path / "metrics.jsonl", [{"step": s, **row(s)} for s in range(5)])
+    write(tmp_path / "samples.jsonl", [{"step": 4, "prompt": "?", "response": "!", "scores": 1.25, "gold": 0.5}])
+    page = pathlib.Path(write_report(str(tmp_path))).read_text()
+    assert {p.stem for p in (tmp_path / "plots").iterdir()} == {"score", "gold", "kl", "overoptimization"}
+    assert "scores 1.25, gold 0.5" in page
+
+
 def test_an_interrupted_run_is_shown_without_its_half_line(tmp_path):
     write(tmp_path / "metrics.jsonl", ROWS[:3])
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -61,3 +76,28 @@ def test_the_running_mean_looks_back(width):
     values = np.random.default_rng(0).normal(size=12)
     expected = [values[max(0, i - width + 1) : i + 1].mean() for i in range(12)]
     np.testing.assert_allclose(running_mean(list(values), width), expected, rtol=1e-12)
+
+
+def test_an_evaluation_is_shown_with_its_intervals_and_samples(tmp_path):
+    metric = {"value": 0.25, "stderr": 0.1, "low": 0.125, "high": 0.5, "n": 1234}
+    task = {"kind": "multiple_choice", "metrics": {"accuracy": metric}, "counts": {"records": 1234, "truncated": 7}}
+    plain = {"kind": "perplexity", "metrics": {"loss": metric | {"low": None, "high": None}}, "counts": {}}
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": {"<b>quiz": task, "text": plain}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"stage": "evaluate"}))
+    rows = [{"task": "<b>quiz", "prompt": f"question {i}.", "response": "<i>"} for i in range(30)]
+    write(tmp_path / "samples.jsonl", [*rows, {"task": "text", "prompt": "a text"}])
+    page = pathlib.Path(write_report(str(tmp_path))).read_text()
+    assert "<b>quiz" not in page
+    assert "<i>" not in page
+    for words in (
+        "&lt;b&gt;quiz",
+        "0.2500",
+        "0.1250 to 0.5000",
+        "1,234",
+        "truncated 7",
+        "question 0.",
+        "a text",
+        "finished",
+    ):
+        assert words in page
+    assert "question 29." not in page
