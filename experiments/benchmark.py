@@ -34,7 +34,8 @@ from jaxgpt.types import LMBatch
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
     """what: a step of `train`, or an iteration of `rl` with models of train.model. num_steps: timed repetitions, of which
-    medians are printed. rollout, ppo: of `rl`.
+    medians are printed. rollout, ppo: of `rl`. mean_length: of its responses, roughly, by as many EOS ids as that takes of
+      a model that was not trained; 0: all have rollout.max_new_tokens.
     """
 
     what: Literal["train", "rl"] = "train"
@@ -42,13 +43,14 @@ class BenchmarkConfig:
     train: PretrainConfig = PretrainConfig()
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig(num_minibatches=4)
+    mean_length: int = 0
 
 
 def main(config: BenchmarkConfig, workdir: str) -> None:
     """Print the table."""
     del workdir
     if config.what == "rl":
-        table = benchmark_rl.rows(config.train, config.rollout, config.ppo, config.num_steps)
+        table = benchmark_rl.rows(config.train, config.rollout, config.ppo, config.num_steps, config.mean_length)
     else:
         table = training_rows(config)
     for name, value in [

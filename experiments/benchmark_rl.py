@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import heapq
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,8 +25,13 @@ from jaxgpt.train.optimizer import make_optimizer
 from jaxgpt.train.step import init_state, make_train_step
 
 
-def rows(train: PretrainConfig, rollout: RolloutConfig, ppo: PPOConfig, num_steps: int) -> list[tuple[str, str]]:
-    """The table: policy, critic, reference and reward model of one size, random prompts, no EOS, one iteration."""
+def rows(
+    train: PretrainConfig, rollout: RolloutConfig, ppo: PPOConfig, num_steps: int, mean_length: int = 0
+) -> list[tuple[str, str]]:
+    """The table: policy, critic, reference and reward model of one size, random prompts, one iteration.
+
+    mean_length: of responses, roughly: that share of the vocabulary ends them; 0: nothing does.
+    """
     mesh, model = partition.make_mesh(train.mesh, train.dcn_mesh), train.model
     optimizer = make_optimizer(train.optimizer, train.num_train_steps)
     scalar = dataclasses.replace(model, head="scalar")
@@ -34,8 +40,9 @@ def rows(train: PretrainConfig, rollout: RolloutConfig, ppo: PPOConfig, num_step
     )
     (policy, _, policy_sh), (critic, _, critic_sh) = fresh(model, 0), fresh(scalar, 1)
     frozen = {"reference": fresh(model, 0)[0].params, "reward": fresh(scalar, 2)[0].params}
+    eos_ids = tuple(range(model.vocab_size // mean_length)) if mean_length else (-1,)
     setup = step.Setup(
-        policy=model, reference=model, critic=scalar, rollout=rollout, ppo=ppo, group=step.GroupConfig(), eos_ids=(-1,),
+        policy=model, reference=model, critic=scalar, rollout=rollout, ppo=ppo, group=step.GroupConfig(), eos_ids=eos_ids,
         pad_id=0,
     )  # fmt: skip
     make = functools.partial(make_train_step, optimizer=optimizer, mesh=mesh, rules=DEFAULT_RULES)
@@ -68,17 +75,20 @@ def rows(train: PretrainConfig, rollout: RolloutConfig, ppo: PPOConfig, num_step
     iteration, waited = loop(whole, num_steps, state, frozen, prompts)
 
     total = collect + scoring + shaping + updating
-    new = rollout.max_new_tokens
-    decode = (collect - first) / max(new - 1, 1)
+    lengths_B = np.sum(out.response_mask_BR, axis=1, dtype=int).tolist()
+    new, slots = sum(lengths_B), rollout.num_slots or size
+    num_decodes = decode_steps(lengths_B, slots)
+    decode = (collect - first) / max(num_decodes, 1)
     bandwidth = copy_bandwidth()
-    floor = decode_bytes(model, policy.params, size, rollout.max_prompt_length + new) / jax.device_count() / bandwidth
+    length = rollout.max_prompt_length + rollout.max_new_tokens
+    floor = decode_bytes(model, policy.params, slots, length) / jax.device_count() / bandwidth
     share = lambda seconds: f"{seconds:.3f} s ({seconds / total:.0%})"
     return [
         ("policy", f"{tree.count(policy.params):,} parameters; critic, reference and reward model alike"),
-        ("responses", f"{size} of {new} tokens to prompts of {rollout.max_prompt_length}"),
+        ("responses", f"{size} of {new / size:.1f} tokens to prompts of {rollout.max_prompt_length}"),
         ("prompts", f"{size / iteration:,.1f} per second of an iteration"),
-        ("generated tokens", f"{size * new / iteration:,.0f} per second of an iteration"),
-        ("generated tokens", f"{size * new / collect:,.0f} per second of rollout"),
+        ("generated tokens", f"{new / iteration:,.0f} per second of an iteration"),
+        ("generated tokens", f"{new / collect:,.0f} per second of rollout"),
         ("rollout", share(collect)),
         ("scoring", share(scoring)),
         ("log-probs, advantages", share(shaping)),
@@ -86,7 +96,7 @@ def rows(train: PretrainConfig, rollout: RolloutConfig, ppo: PPOConfig, num_step
         ("one iteration, one program", f"{iteration:.3f} s"),
         ("device waited for the host", f"{waited:.1%}"),
         ("memory bandwidth, measured", f"{bandwidth / 1e9:,.1f} GB/s"),
-        ("decode step", f"{decode * 1e3:.2f} ms"),
+        ("decode step", f"{decode * 1e3:.2f} ms, {num_decodes} steps of {slots} rows"),
         ("  weights and cache alone", f"{floor * 1e3:.2f} ms to read ({floor / decode:.0%})"),
     ]  # fmt: skip
 
@@ -137,6 +147,14 @@ def copy_bandwidth(num_bytes: int = 1 << 28) -> float:
     add = jax.jit(lambda x: x + 1)
     best, _ = timed(add, 5, x)
     return 2 * num_bytes / best
+
+
+def decode_steps(lengths: Iterable[int], num_slots: int) -> int:
+    """Passes of one token that responses take, each in the first slot to be free; the prefill gives their first tokens."""
+    free_at = [0] * num_slots
+    for length in lengths:
+        heapq.heapreplace(free_at, free_at[0] + max(length - 1, 0))
+    return max(free_at)
 
 
 def decode_bytes(model: ModelConfig, params: Any, batch: int, length: int) -> float:

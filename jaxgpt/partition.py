@@ -179,16 +179,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
+def local_rows(mesh: Mesh, batch_size: int, field: str = "batch_size") -> slice:
     """The rows of a global batch that this process holds: one contiguous range in the order of its devices.
 
-    Raises ValueError where the batch does not divide over the mesh.
+    Raises ValueError, which names the field, where the batch does not divide over the mesh.
     """
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if batch_size % shards:
         nearest = max(shards, round(batch_size / shards) * shards)
         raise ValueError(
-            f"batch_size={batch_size} is not a multiple of mesh.data x mesh.fsdp = {shards}; the nearest valid value is "
+            f"{field}={batch_size} is not a multiple of mesh.data x mesh.fsdp = {shards}; the nearest valid value is "
             f"{nearest}."
         )
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()

@@ -59,6 +59,8 @@ def test_rows_of_one_process_are_all_of_the_batch_and_must_divide():
     assert partition.local_rows(mesh, 12) == slice(0, 12)
     with pytest.raises(ValueError, match="batch_size=10.*4.*8"):
         partition.local_rows(mesh, 10)
+    with pytest.raises(ValueError, match="rollout.num_slots=6.*4.*8"):
+        partition.local_rows(mesh, 6, "rollout.num_slots")
 
 
 def test_global_arrays_keep_the_rows_in_order():

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from jaxgpt.generate.samplers import SamplerConfig, row_keys, sample
+from jaxgpt.generate.rows import Responses, Rows, make_draw_and_extend
+from jaxgpt.generate.samplers import SamplerConfig, row_keys
+from jaxgpt.generate.slots import answer_in_slots
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.types import Array, Params
@@ -28,20 +30,6 @@ class Generation(struct.PyTreeNode):
     has_eos_B: Array
 
 
-class _Loop(struct.PyTreeNode):
-    """step: tokens drawn so far. position_B: of the token drawn last. seen_BV: None where no penalty needs it."""
-
-    step: Array
-    cache: decoder.KVCache
-    is_live_B: Array
-    has_eos_B: Array
-    position_B: Array
-    seen_BV: Array | None
-    tokens_BR: Array
-    mask_BR: Array
-    logprobs_BR: Array
-
-
 def generate(
     cfg: ModelConfig,
     params: Params,
@@ -53,6 +41,7 @@ def generate(
     sampler: SamplerConfig,
     eos_ids: tuple[int, ...],
     pad_id: int = 0,
+    num_slots: int = 0,
 ) -> Generation:
     """Sample up to max_new tokens after each prompt.
 
@@ -70,67 +59,49 @@ def generate(
       sampler: static.
       eos_ids: static; each of them ends a row when it is sampled. In the prompt they mean nothing.
       pad_id: static; what fills tokens_BR after the end.
+      num_slots: static; rows that are decoded at once, where there are more prompts: a row that has ended makes room for the
+        next prompt, so that one long response does not hold up the others. 0 is one slot per prompt. The same tokens are
+        drawn, whatever it is.
 
     Raises:
-      ValueError: at trace time, if max_new < 1, if P + max_new exceeds a learned position table, or if the model has no
-        head for tokens.
+      ValueError: at trace time, if max_new < 1 or num_slots < 0, if P + max_new exceeds a learned position table, or if
+        the model has no head for tokens.
     """
     batch, prompt_length = prompt_BP.shape
-    _check(cfg, prompt_length, max_new)
-    key_B = row_keys(rng, batch)
+    _check(cfg, prompt_length, max_new, num_slots)
+    has_pool = 0 < num_slots < batch
     is_real_BP = prompt_mask_BP != 0
-    head = decoder.head_params(cfg, params)
-
-    def draw(state: _Loop, x_BD: Array) -> _Loop:
-        key_now_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, state.step)
-        token_B, logprob_B = sample(key_now_B, decoder.logits(cfg, head, x_BD), state.seen_BV, sampler)
-        is_live_B = state.is_live_B
-        is_eos_B = is_live_B & jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
-        token_B = jnp.where(is_live_B, token_B, pad_id)
-        seen_BV = state.seen_BV
-        return state.replace(
-            step=state.step + 1,
-            is_live_B=is_live_B & ~is_eos_B,
-            has_eos_B=state.has_eos_B | is_eos_B,
-            position_B=state.position_B + 1,
-            seen_BV=None if seen_BV is None else seen_BV.at[jnp.arange(batch), token_B].set(True),
-            tokens_BR=state.tokens_BR.at[:, state.step].set(token_B),
-            mask_BR=state.mask_BR.at[:, state.step].set(is_live_B.astype(jnp.float32)),
-            logprobs_BR=state.logprobs_BR.at[:, state.step].set(jnp.where(is_live_B, logprob_B, 0.0)),
-        )
-
-    def extend(state: _Loop) -> _Loop:
-        token_B1 = lax.dynamic_slice_in_dim(state.tokens_BR, state.step - 1, 1, axis=1)
-        segment_B1 = state.is_live_B[:, None].astype(jnp.int32)  # a row that has ended writes padding
-        x_B1D, cache = decoder.decode(cfg, params, token_B1, segment_B1, state.position_B[:, None], state.cache)
-        return draw(state.replace(cache=cache), x_B1D[:, 0])
-
-    cache = decoder.init_cache(cfg, batch, prompt_length + max_new)
+    draw, extend = make_draw_and_extend(cfg, params, sampler, eos_ids=eos_ids, pad_id=pad_id)
     with jax.named_scope("prefill"):
+        cache = decoder.init_cache(cfg, batch, prompt_length + (0 if has_pool else max_new))
         x_BPD, cache = decoder.decode(cfg, params, *_prompt_arrays(prompt_BP, is_real_BP), cache)
-    start = _Loop(
+    start = Rows(
         step=jnp.zeros((), jnp.int32),
+        key_B=row_keys(rng, batch),
         cache=cache,
         is_live_B=jnp.any(is_real_BP, axis=1),
-        has_eos_B=jnp.zeros(batch, bool),
         position_B=jnp.sum(is_real_BP, axis=1, dtype=jnp.int32) - 1,
         seen_BV=_tokens_seen(cfg, prompt_BP, is_real_BP) if sampler.repetition_penalty != 1 else None,
-        tokens_BR=jnp.full((batch, max_new), pad_id, jnp.int32),
-        mask_BR=jnp.zeros((batch, max_new), jnp.float32),
-        logprobs_BR=jnp.zeros((batch, max_new), jnp.float32),
+        responses=Responses(
+            tokens_BR=jnp.full((batch, max_new), pad_id, jnp.int32),
+            mask_BR=jnp.zeros((batch, max_new), jnp.float32),
+            logprobs_BR=jnp.zeros((batch, max_new), jnp.float32),
+            has_eos_B=jnp.zeros(batch, bool),
+        ),
     )
+    first = draw(start, _at_last_real(x_BPD, is_real_BP))
     with jax.named_scope("decode"):
-        end = lax.while_loop(
-            lambda state: (state.step < max_new) & jnp.any(state.is_live_B),
-            extend,
-            draw(start, _at_last_real(x_BPD, is_real_BP)),
-        )
+        if has_pool:
+            out = answer_in_slots(cfg, first, extend, num_slots)
+        else:
+            is_going = lambda rows: (rows.step < max_new) & jnp.any(rows.is_live_B)
+            out = lax.while_loop(is_going, extend, first).responses
     return Generation(
-        tokens_BR=end.tokens_BR,
-        mask_BR=end.mask_BR,
-        logprobs_BR=end.logprobs_BR,
-        lengths_B=jnp.sum(end.mask_BR, axis=1).astype(jnp.int32),
-        has_eos_B=end.has_eos_B,
+        tokens_BR=out.tokens_BR,
+        mask_BR=out.mask_BR,
+        logprobs_BR=out.logprobs_BR,
+        lengths_B=jnp.sum(out.mask_BR, axis=1).astype(jnp.int32),
+        has_eos_B=out.has_eos_B,
     )
 
 
@@ -174,11 +145,13 @@ def _tokens_seen(cfg: ModelConfig, prompt_BP: Array, is_real_BP: Array) -> Array
     return jnp.zeros((batch, cfg.vocab_size), bool).at[jnp.arange(batch)[:, None], prompt_BP].max(is_real_BP)
 
 
-def _check(cfg: ModelConfig, prompt_length: int, max_new: int) -> None:
+def _check(cfg: ModelConfig, prompt_length: int, max_new: int, num_slots: int) -> None:
     if cfg.head != "lm":
         raise ValueError(f"model.head={cfg.head!r} has no logits to sample from; generation needs model.head='lm'.")
     if max_new < 1:
         raise ValueError(f"max_new must be at least 1, not {max_new}.")
+    if num_slots < 0:
+        raise ValueError(f"num_slots must be 0 (one per prompt) or positive, not {num_slots}.")
     if cfg.position == "learned" and prompt_length + max_new > cfg.max_seq_length:
         raise ValueError(
             f"A prompt of {prompt_length} tokens (padding included) and {max_new} new ones are "

@@ -33,12 +33,19 @@ def test_a_training_step(monkeypatch):
 
 def test_an_iteration_of_rl(monkeypatch):
     monkeypatch.setattr(benchmark_rl, "copy_bandwidth", lambda: 1e9)
-    rollout = RolloutConfig(batch_size=8, max_prompt_length=8, max_new_tokens=8)
-    table = benchmark_rl.rows(TRAIN, rollout, PPOConfig(num_epochs=1, num_minibatches=2), num_steps=1)
+    rollout = RolloutConfig(batch_size=8, max_prompt_length=8, max_new_tokens=8, num_slots=4)
+    table = benchmark_rl.rows(TRAIN, rollout, PPOConfig(num_epochs=1, num_minibatches=2), num_steps=1, mean_length=2)
+    assert re.match("8 of [1-4][.][0-9] tokens", dict(table)["responses"])
+    assert re.search(" ([1-9]|1[0-4]) steps of 4 rows", dict(table)["decode step"])
     shares = [
         float(re.search(r"\((\d+)%\)", text)[1]) for name, text in table if re.match(r"rollout|scor|log|upd", name)
     ]
     assert sum(shares) == pytest.approx(100, abs=3)
+
+
+@pytest.mark.parametrize(("num_slots", "steps"), [(1, 15), (2, 11), (6, 8)])
+def test_each_response_is_decoded_in_the_slot_that_is_free_first(num_slots, steps):
+    assert benchmark_rl.decode_steps([5, 1, 3, 2, 0, 9], num_slots) == steps
 
 
 def test_a_decode_step_reads_the_weights_and_the_keys_and_values_of_every_slot():
