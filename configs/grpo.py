@@ -10,6 +10,7 @@ Presets:
   dapo        token mean, clip-higher 0.28, no KL, groups of equal reward do not count (Yu et al. 2025).
   rloo        leave-one-out baseline, KL in the reward (Ahmadian et al. 2024).
   reinforce   one response per prompt, the batch's mean as baseline, KL in the reward (Williams 1992).
+  best_of_n   imitation of the best of 8 responses to a prompt (Dong et al. 2023); experiments.best_of_n keeps them.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +23,7 @@ def get_config(preset: str = "grpo") -> ConfigDict:
         "dr_grpo": {"group": {"scale": "none"}, "ppo": {"kl_coef": 0.0, "aggregation": "constant"}},
         "dapo": {"group": {"drop_equal": True}, "ppo": {"kl_coef": 0.0, "clip_epsilon_high": 0.28}},
         "rloo": {"group": {"scale": "none", "baseline": "leave_one_out"}},
+        "best_of_n": {"group": {"scale": "none", "baseline": "best", "drop_equal": True}, "ppo": {"kl_coef": 0.0}},
         "reinforce": {
             "group": {"scale": "none", "baseline": "batch_mean"}, "rollout": {"num_samples_per_prompt": 1},
         },

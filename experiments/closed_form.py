@@ -13,6 +13,8 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,11 +119,33 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
     return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1)))
 
 
-def solve(
-    algorithm: str, beta: float, seed: int, *, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
-    steps: int = 1000, rows: int = 1024, learning_rate: float = 3e-3,
-) -> tuple[float, float]:  # fmt: skip
-    """Train; returns KL(pi || pi*) before and after. algorithm: ppo, rloo or grpo (without std scaling)."""
+class Problem(NamedTuple):
+    """A task with the iteration that is to solve it, and the log-probs of its reference and its optimum [X, Y]."""
+
+    task: Task
+    step: Callable
+    state: RLState
+    frozen: dict
+    prompts: Prompts
+    reference: np.ndarray
+    optimum: np.ndarray
+
+
+def solve(algorithm: str, beta: float, seed: int, *, steps: int = 1000, **options) -> tuple[float, float]:
+    """Train; returns KL(pi || pi*) before and after. The arguments are those of `make_problem`."""
+    problem = make_problem(algorithm, beta, seed, steps=steps, **options)
+    state = problem.state
+    for _ in range(steps):
+        state, _ = problem.step(state, problem.frozen, problem.prompts)
+    log_probs = problem.task.log_probs(state.policy.params)
+    return divergence(problem.reference, problem.optimum), divergence(log_probs, problem.optimum)
+
+
+def make_problem(
+    algorithm: str, beta: float, seed: int, *, steps: int, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
+    rows: int = 1024, learning_rate: float = 3e-3,
+) -> Problem:  # fmt: skip
+    """A random task and its RL iteration. algorithm: ppo, rloo or grpo (without std scaling)."""
     task = Task(length, seed)
     mesh = partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])
     ppo = PPOConfig(kl_coef=beta, kl_in=kl_in, kl_estimator=estimator, num_epochs=2, num_minibatches=2)  # type: ignore[arg-type]
@@ -170,9 +194,7 @@ def solve(
     prompts = Prompts(jnp.asarray(PROMPTS[index]), jnp.ones((rows, PROMPTS.shape[1])), jnp.asarray(index))
     reference = task.log_probs(frozen["reference"])
     optimum = task.optimum(reference, beta, estimator if kl_in == "loss" else "k1")
-    for _ in range(steps):
-        state, _ = step(state, frozen, prompts)
-    return divergence(reference, optimum), divergence(task.log_probs(state.policy.params), optimum)
+    return Problem(task, step, state, frozen, prompts, reference, optimum)
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from jaxgpt.types import Params
 # Fields that may change between the runs of one workdir without changing what it computes, but for its length.
 FREE_FIELDS = (
     "num_train_steps", "log_interval_steps", "mesh", "dcn_mesh", "checkpoint", "profile", "samples", "wandb", "nonfinite",
-    "data.num_workers", "data.prefetch", "data.cache_dir",
+    "data.num_workers", "data.prefetch", "data.cache_dir", "rollout.num_slots",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def train_in(
         workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
         done = workdirs.read_manifest(workdir)
         if done and (config.num_epochs or done["step"] >= config.num_train_steps):
-            print(f"{workdir} is finished: step {done['step']}, {_summary(done['final_metrics'])}.")
+            print(f"{workdir} is finished: step {done['step']}, {workdirs.summary(done['final_metrics'])}.")
             return
         cache_dir = config.data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
         job = prepare(mesh, cache_dir)
@@ -95,7 +95,7 @@ def train_in(
             print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
             return
         if is_main:
-            final = workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1]
+            final = workdirs.without_times(workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1])
             manifest = workdirs.base_manifest(
                 stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
                 chat_template_digest=job.template.digest if job.template is not None else None,
@@ -104,7 +104,7 @@ def train_in(
                 step=step, reference_lines=job.reference_lines, **job.finish(),
             )  # fmt: skip
             workdirs.write_manifest(workdir, manifest)
-            print(f"Finished at step {step}: {_summary(final)}. Report: {write_report(workdir)}")
+            print(f"Finished at step {step}: {workdirs.summary(final)}. Report: {write_report(workdir)}")
 
 
 def sample_writer(
@@ -136,16 +136,3 @@ def sample_writer(
             log.append(step, *(text | more for text, (_, _, more) in zip(texts, prompts, strict=True)))
 
     return on_eval, log.truncate_after if log is not None else lambda step: None
-
-
-def _summary(metrics: dict) -> str:
-    shown = (
-        "eval/loss",
-        "eval/perplexity",
-        "eval/bits_per_byte",
-        "eval/accuracy",
-        "eval/scores",
-        "eval/gold",
-        "train/loss",
-    )
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)

@@ -14,6 +14,7 @@ from jaxgpt.types import Array, Metrics, Objective, Params, Trajectory
 
 Aggregation = Literal["token", "sequence", "constant"]
 KLPlace = Literal["reward", "loss"]
+VALUE_HEAD = "value_head"  # among a policy's parameters, where its trunk serves the critic, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +263,25 @@ def response_logprobs(
     """
     _check_policy(model, temperature)
     x_BRD, is_real_BR = _states_before(model, params, tokens_BS, segments_BS, positions_BS, num_response)
+    return _logprobs(model, params, x_BRD, is_real_BR, tokens_BS[:, -num_response:], temperature, chunk_tokens)
+
+
+def _logprobs(
+    model: ModelConfig,
+    params: Params,
+    x_BRD: Array,
+    is_real_BR: Array,
+    tokens_BR: Array,
+    temperature: float,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """What `response_logprobs` returns, from the hidden states before the response tokens."""
     logprobs_BR, entropy_BR = numerics.chunked_logprobs_and_entropy(
         lambda head, x: decoder.logits(model, head, x) / temperature,
         decoder.head_params(model, params),
         x_BRD,
-        tokens_BS[:, -num_response:],
-        chunk_tokens=chunk_tokens,
+        tokens_BR,
+        chunk_tokens=chunk,
     )
     return jnp.where(is_real_BR, logprobs_BR, 0.0), jnp.where(is_real_BR, entropy_BR, 0.0)
 
@@ -312,6 +326,11 @@ def _states_before(
     return x_BSD[:, length - num_response - 1 : -1], segments_BS[:, -num_response:] != 0
 
 
+def shared_critic(params: Params) -> Params:
+    """The parameters of the critic that is the policy's own trunk with the value head VALUE_HEAD beside it."""
+    return {name: leaf for name, leaf in params.items() if name != VALUE_HEAD} | {"head": params[VALUE_HEAD]}
+
+
 def make_policy(model: ModelConfig, config: PPOConfig, temperature: float) -> Objective:
     """The objective (params, Trajectory, rng) -> (loss sum, the sums of `policy_loss`), without dropout whatever the rng.
 
@@ -328,29 +347,11 @@ def make_policy(model: ModelConfig, config: PPOConfig, temperature: float) -> Ob
 
     def policy(params, batch: Trajectory, rng) -> tuple[Array, Metrics]:
         del rng
-        weights_BR = batch.weights_BR
         logp_BR, entropy_BR = response_logprobs(
-            model,
-            params,
-            batch.tokens_BS,
-            batch.segments_BS,
-            batch.positions_BS,
-            num_response=weights_BR.shape[1],
-            temperature=temperature,
+            model, params, *_places(batch), num_response=batch.weights_BR.shape[1], temperature=temperature,
             chunk_tokens=config.chunk_tokens,
-        )
-        total, sums = policy_loss(logp_BR, batch.old_logprobs_BR, batch.advantages_BR, weights_BR, config)
-        if config.kl_in == "loss" and config.kl_coef:
-            if batch.reference_logprobs_BR is None:
-                raise ValueError(
-                    "ppo.kl_in='loss' needs a reference policy: the batch must bring reference_logprobs_BR."
-                )
-            coef = config.kl_coef if batch.kl_coef_B is None else batch.kl_coef_B[:, None]
-            kl_sum, kl_sums = kl_loss(logp_BR, batch.reference_logprobs_BR, weights_BR, config.kl_estimator, coef)
-            total, sums = total + kl_sum, sums | kl_sums
-        if config.entropy_coef:
-            total = total - config.entropy_coef * masked_sum(entropy_BR, weights_BR)
-            sums |= {"entropy": masked_sum(entropy_BR, weights_BR != 0)}
+        )  # fmt: skip
+        total, sums = _policy_terms(config, batch, logp_BR, entropy_BR)
         return total, sums | {"weight": jnp.sum(batch.row_weights_B)}
 
     return policy
@@ -369,27 +370,61 @@ def make_value(model: ModelConfig, config: PPOConfig) -> Objective:
 
     def value(params, batch: Trajectory, rng) -> tuple[Array, Metrics]:
         del rng
-        if batch.returns_BR is None or batch.old_values_BR is None:
-            raise ValueError("The value loss needs a batch with returns_BR and old_values_BR.")
-        places = (batch.tokens_BS, batch.segments_BS, batch.positions_BS)
-        values_BR = response_values(model, params, *places, num_response=batch.weights_BR.shape[1])
-        total, sums = value_loss(values_BR, batch.old_values_BR, batch.returns_BR, batch.weights_BR, config.value_clip)
+        values_BR = response_values(model, params, *_places(batch), num_response=batch.weights_BR.shape[1])
+        total, sums = _value_terms(config, batch, values_BR)
         return total, sums | {"weight": jnp.sum(batch.row_weights_B)}
 
     return value
 
 
-def make_ppo(policy: Objective, value: Objective, config: PPOConfig) -> Objective:
-    """One loss, policy + value_coef value, for one optimizer; sums are named "policy/..." and "value/...".
+def make_ppo(model: ModelConfig, config: PPOConfig, temperature: float) -> Objective:
+    """One loss, policy + value_coef value, of a policy and a critic that share a trunk, from one forward pass.
 
-    Both see the same params: those of a shared trunk, or of two trunks of which each takes its own.
+    params: the policy's, and VALUE_HEAD, a scalar head, beside them. Sums are named "policy/..." and "value/...". As
+    `make_policy` and `make_value` otherwise.
     """
+    _check_policy(model, temperature)
+    critic = dataclasses.replace(model, head="scalar")
 
     def ppo(params, batch: Trajectory, rng) -> tuple[Array, Metrics]:
-        policy_sum, policy_sums = policy(params, batch, rng)
-        value_sum, value_sums = value(params, batch, rng)
+        del rng
+        num_response = batch.weights_BR.shape[1]
+        x_BRD, is_real_BR = _states_before(model, params, *_places(batch), num_response)
+        tokens_BR = batch.tokens_BS[:, -num_response:]
+        probabilities = _logprobs(model, params, x_BRD, is_real_BR, tokens_BR, temperature, config.chunk_tokens)
+        policy_sum, policy_sums = _policy_terms(config, batch, *probabilities)
+        values_BR = jnp.where(is_real_BR, decoder.values(critic, shared_critic(params), x_BRD), 0.0)
+        value_sum, value_sums = _value_terms(config, batch, values_BR)
         named = {f"policy/{name}": total for name, total in policy_sums.items()}
         named |= {f"value/{name}": total for name, total in value_sums.items()}
-        return policy_sum + config.value_coef * value_sum, named | {"weight": policy_sums["weight"]}
+        return policy_sum + config.value_coef * value_sum, named | {"weight": jnp.sum(batch.row_weights_B)}
 
     return ppo
+
+
+def _places(batch: Trajectory) -> tuple[Array, Array, Array]:
+    return batch.tokens_BS, batch.segments_BS, batch.positions_BS
+
+
+def _policy_terms(
+    config: PPOConfig, batch: Trajectory, logp_BR: Array, entropy_BR: Array
+) -> tuple[Array, dict[str, Array]]:
+    """The clipped surrogate with its KL and entropy terms, and their sums."""
+    weights_BR = batch.weights_BR
+    total, sums = policy_loss(logp_BR, batch.old_logprobs_BR, batch.advantages_BR, weights_BR, config)
+    if config.kl_in == "loss" and config.kl_coef:
+        if batch.reference_logprobs_BR is None:
+            raise ValueError("ppo.kl_in='loss' needs a reference policy: the batch must bring reference_logprobs_BR.")
+        coef = config.kl_coef if batch.kl_coef_B is None else batch.kl_coef_B[:, None]
+        kl_sum, kl_sums = kl_loss(logp_BR, batch.reference_logprobs_BR, weights_BR, config.kl_estimator, coef)
+        total, sums = total + kl_sum, sums | kl_sums
+    if config.entropy_coef:
+        total = total - config.entropy_coef * masked_sum(entropy_BR, weights_BR)
+        sums |= {"entropy": masked_sum(entropy_BR, weights_BR != 0)}
+    return total, sums
+
+
+def _value_terms(config: PPOConfig, batch: Trajectory, values_BR: Array) -> tuple[Array, dict[str, Array]]:
+    if batch.returns_BR is None or batch.old_values_BR is None:
+        raise ValueError("The value loss needs a batch with returns_BR and old_values_BR.")
+    return value_loss(values_BR, batch.old_values_BR, batch.returns_BR, batch.weights_BR, config.value_clip)

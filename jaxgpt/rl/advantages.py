@@ -13,7 +13,7 @@ from flax import struct
 from jaxgpt.numerics import KLEstimator, kl_estimate, masked_mean
 from jaxgpt.types import Array
 
-Baseline = Literal["mean", "leave_one_out", "batch_mean", "none"]
+Baseline = Literal["mean", "leave_one_out", "batch_mean", "none", "best"]
 Scale = Literal["group", "batch", "none"]
 
 
@@ -153,13 +153,16 @@ def group_advantages(
 
     GRPO (Shao et al. 2024, arXiv:2402.03300, §4.1.2) is baseline `mean` and scale `group`. Dr. GRPO (Liu et al. 2025,
     arXiv:2503.20783) is `mean` and `none`. RLOO (Ahmadian et al. 2024, arXiv:2402.14740; Kool et al. 2019) is
-    `leave_one_out` and `none`. REINFORCE with a baseline (Williams 1992) is `batch_mean` and `none`.
+    `leave_one_out` and `none`. REINFORCE with a baseline (Williams 1992) is `batch_mean` and `none`. Best of n (Dong et al.
+    2023, arXiv:2304.06767) is `best` and `none`.
 
     Args:
       scores_B: any dtype; rows of one prompt are adjacent, group_size of them.
       group_size: responses per prompt (rollout.num_samples_per_prompt).
       scale: by the standard deviation + eps of the group's or of the batch's scores, ddof 1.
-      baseline: of the group, `mean` or that of the others in it (`leave_one_out`); the mean of the whole batch; or 0.
+      baseline: of the group, `mean` or that of the others in it (`leave_one_out`); the mean of the whole batch; or 0. With
+        `best` the group's best response has 1, in equal parts where several are best, and the others 0: learning from it as
+        from a demonstration.
         A mean that holds the response's own score makes the gradient (G - 1) / G of the unbiased one.
 
     Raises:
@@ -171,7 +174,7 @@ def group_advantages(
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
     if group_size < 1 or len(scores_B) % group_size:
         raise ValueError(f"{len(scores_B)} responses do not divide into groups of {group_size}.")
-    if group_size == 1 and (baseline in ("mean", "leave_one_out") or scale == "group"):
+    if group_size == 1 and (baseline in ("mean", "leave_one_out", "best") or scale == "group"):
         raise ValueError(
             f"baseline={baseline!r} with scale={scale!r} compares the responses to one prompt: "
             "rollout.num_samples_per_prompt must be at least 2, not 1."
@@ -185,6 +188,9 @@ def group_advantages(
     advantages_NG = shifted_NG - jnp.mean(shifted_NG, axis=1, keepdims=True)
     if baseline == "leave_one_out":  # the score minus the mean of the others is this much of its deviation
         advantages_NG = advantages_NG * (group_size / (group_size - 1))
+    elif baseline == "best":
+        is_best_NG = (scores_NG == jnp.max(scores_NG, axis=1, keepdims=True)).astype(jnp.float32)
+        advantages_NG = is_best_NG / jnp.sum(is_best_NG, axis=1, keepdims=True)
     elif baseline != "mean":
         advantages_NG = scores_NG - jnp.mean(scores_NG) if baseline == "batch_mean" else scores_NG
     if scale == "group":

@@ -19,8 +19,10 @@ class RLConfig(FinetuneConfig):
     advantage: `gae`, with a critic (PPO), or `group`, from the other responses to the prompt (GRPO, RLOO, REINFORCE).
     reward_model: the workdir of a reward model. rewards: label -> a reward computed on the host; their weighted sum is
       added to the reward model's. gold: the same, but only logged at evaluations, never optimised.
-    critic_init: the critic starts as the `reward_model` (Stiennon et al. 2020), or as the `policy` with a new head.
-    critic_optimizer: of the critic; optimizer is the policy's.
+    critic_trunk: `own`, a second model, or `shared`: a value head beside the policy's, one optimizer, and
+      ppo.value_coef weighs its loss.
+    critic_init: an own critic starts as the `reward_model` (Stiennon et al. 2020), or as the `policy` with a new head.
+    critic_optimizer: of an own critic; optimizer is the policy's.
     num_eval_prompts: held-out prompts that are answered at each evaluation; samples.num_heldout of the answers are kept in
       samples.jsonl. eval/loss, by which checkpoints are kept, is minus the gold reward, or minus the score without one.
     preflight: check what must hold at the first update, and stop where it does not.
@@ -36,6 +38,7 @@ class RLConfig(FinetuneConfig):
     reward_model: str = ""
     rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
     gold: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+    critic_trunk: Literal["own", "shared"] = "own"
     critic_init: Literal["reward_model", "policy"] = "reward_model"
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=0)
     num_eval_prompts: int = 64
@@ -53,10 +56,12 @@ class RLConfig(FinetuneConfig):
             raise ValueError(
                 f"rollout.batch_size={rows} is not a multiple of ppo.num_minibatches={self.ppo.num_minibatches}."
             )
+        if self.advantage == "group" and self.critic_trunk == "shared":
+            raise ValueError("critic_trunk='shared' is a critic's; advantage='group' has none.")
         if (
             self.advantage == "group"
             and self.rollout.num_samples_per_prompt < 2
-            and self.group.baseline != "batch_mean"
+            and self.group.baseline not in ("batch_mean", "none")
         ):
             raise ValueError(
                 "advantage='group' compares the responses to one prompt: rollout.num_samples_per_prompt must be at least "

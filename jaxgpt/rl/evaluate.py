@@ -1,5 +1,7 @@
 """What a policy answers: held-out prompts at evaluations, and what functions on the host say of responses."""
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +56,7 @@ def response_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
 def make_evaluate(
     parts: Builder, prompts: PromptSet | None, log_samples: SampleLog
 ) -> Callable[[RLState, Params, int], dict[str, float]]:
-    """Answers to held-out prompts, always drawn with the same keys: their scores, gold, KL and lengths."""
+    """Answers to held-out prompts, always drawn with the same keys: their scores, gold, KL, lengths, and how long it took."""
     if prompts is None:
         return lambda state, frozen, step: {}
     config, setup, mesh = parts.config, parts.setup, parts.mesh
@@ -63,26 +65,34 @@ def make_evaluate(
     def answer(state: RLState, frozen: Params, batch: Prompts, rng: Array):
         with partition.activate(mesh, DEFAULT_RULES):
             rollout = collect(setup, state, frozen, batch, rng)
+            return rollout, parts.score(frozen, rollout)
+
+    def divergence(state: RLState, frozen: Params, rollout: Rollout):
+        with partition.activate(mesh, DEFAULT_RULES):
             policy_BR, _ = rollout_logprobs(setup, setup.policy, policy_params(state, frozen), rollout)
             reference_BR, _ = rollout_logprobs(setup, setup.reference, reference_params(frozen), rollout)
-            kl_B = jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
-            return rollout, parts.score(frozen, rollout), kl_B
+            return jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
 
-    answer = jax.jit(answer, out_shardings=whole)
+    answer, divergence = (jax.jit(f, out_shardings=whole) for f in (answer, divergence))
     host = combine(config.rewards) if config.rewards else None
     gold = combine(config.gold) if config.gold else None
     chosen = np.arange(min(config.num_eval_prompts, len(prompts)))
+    calls = itertools.count()
 
     def evaluate(state: RLState, frozen: Params, step: int) -> dict[str, float]:
         columns: dict[str, list[np.ndarray]] = {}
+        seconds: list[float] = []
         texts: list[str] = []
         for begin in range(0, len(chosen), rows):
             index_B = chosen[begin : begin + rows]
             filled = np.resize(index_B, rows)  # rows that are left over repeat prompts, and do not count
             batch = global_prompts(prompts, filled, mesh)
             rng = jax.random.fold_in(jax.random.key(config.seed), begin)
-            rollout, scores_B, kl_B = answer(state, frozen, batch, rng)
-            found = {"scores": np.asarray(scores_B), "kl": np.asarray(kl_B)}
+            started = time.perf_counter()
+            rollout, scores_B = jax.block_until_ready(answer(state, frozen, batch, rng))
+            if next(calls):  # the first one compiles
+                seconds.append(time.perf_counter() - started)
+            found = {"scores": np.asarray(scores_B), "kl": np.asarray(divergence(state, frozen, rollout))}
             if host is not None:
                 result = host_rewards(host, parts.start.tokenizer, prompts, filled, rollout)
                 found["scores"] = found["scores"] + result.total_B
@@ -97,7 +107,8 @@ def make_evaluate(
         means = {name: np.concatenate(values) for name, values in columns.items()}
         log_samples(step, _samples(config, prompts, chosen, texts, means))
         row = {f"eval/{name}": float(values.mean()) for name, values in means.items()}
-        return row | {"eval/loss": -row.get("eval/gold", row["eval/scores"])}
+        row |= {"eval/loss": -row.get("eval/gold", row["eval/scores"])}
+        return row | ({"time/rollout_seconds": float(np.mean(seconds))} if seconds else {})
 
     return evaluate
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,17 +12,20 @@ from jax.sharding import Mesh
 from jaxgpt import partition, tree
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.objectives.ppo import make_policy, make_value
+from jaxgpt.objectives.ppo import VALUE_HEAD, make_policy, make_ppo, make_value
 from jaxgpt.objectives.reward import last_token_rewards
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.rl import advantages
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.rollout import Rollout
-from jaxgpt.rl.step import RLState, Setup, Steps
+from jaxgpt.rl.step import RLState, Setup, Steps, trunk
 from jaxgpt.train.finetune import Start, load_start
 from jaxgpt.train.load import (
     Run,
+    abstract_adapters,
     abstract_params,
+    adapter_base,
+    load_adapters,
     load_plain,
     load_trunk,
     parent_of,
@@ -36,12 +40,17 @@ from jaxgpt.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A finished reward model: its run, as a parent {"path", "digest"}, its plain config, and the shift of its rewards."""
+    """A finished reward model.
+
+    parent: {"path", "digest"}. shift: of its rewards. shares_base: it is adapters on the very model that the policy's stand
+    on, and stays so. config: with its adapters where it shares the base, else plain.
+    """
 
     run: Run
     parent: dict[str, str]
     config: ModelConfig
     shift: float
+    shares_base: bool
 
 
 def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
@@ -49,7 +58,7 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
     if not config.reward_model:
         if not config.rewards:
             raise ValueError("There is no reward: set reward_model to a reward model's workdir, or rewards.")
-        if config.advantage == "gae" and config.critic_init == "reward_model":
+        if config.advantage == "gae" and config.critic_trunk == "own" and config.critic_init == "reward_model":
             raise ValueError("critic_init='reward_model' needs reward_model; without one use critic_init='policy'.")
         return None
     run = read_run(config.reward_model, "reward_model")
@@ -64,7 +73,19 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
             f"reward_model: the report card of {config.reward_model} has not passed. {reasons} "
             "require_report_card=False uses it all the same."
         )
-    return RewardModel(run, parent, without_adapters(run.config), manifest["reward_shift"])
+    shares = bool(config.lora.rank and run.config.lora.rank) and adapter_base(run).digest() == start.parent.digest()
+    model = run.config if shares else without_adapters(run.config)
+    return RewardModel(run, parent, model, manifest["reward_shift"], shares)
+
+
+def reward_scores(reward: RewardModel | None, frozen: Params, rollout: Rollout) -> Array:
+    """The rewards of a rollout's responses, f32 [B], by frozen["reward"]; 0 without a reward model. Jittable."""
+    if reward is None:
+        return jnp.zeros(len(rollout.tokens_BS), jnp.float32)
+    params = frozen["reward"]
+    if reward.shares_base:
+        params = tree.merge(params, trunk(frozen["policy"]))
+    return last_token_rewards(reward.config, params, rollout.tokens_BS, rollout.segments_BS) - reward.shift
 
 
 class Builder:
@@ -72,6 +93,9 @@ class Builder:
 
     def __init__(self, config: RLConfig, start: Start, reward: RewardModel | None, mesh: Mesh):
         self.config, self.start, self.reward, self.mesh = config, start, reward, mesh
+        self.is_shared = config.critic_trunk == "shared"
+        if config.rollout.num_slots:
+            partition.local_rows(mesh, config.rollout.num_slots, "rollout.num_slots")
         updates = config.num_train_steps * config.ppo.num_epochs * config.ppo.num_minibatches
         self.optimizer = make_optimizer(config.optimizer, updates)
         self.schedule = make_schedule(config.optimizer, updates)
@@ -83,11 +107,12 @@ class Builder:
             pad_id=start.tokenizer.pad_id,
         )  # fmt: skip
         self.rng = jax.random.key(config.seed)
-        policy, self.policy_frozen = self._abstract(start.model, self.optimizer)
+        policy, self.policy_frozen = self._abstract(self._init_policy(), self.optimizer, start.model)
         critic: Any = None
         self.critic_frozen: Params = {}
-        if self.critic is not None:
-            critic, self.critic_frozen = self._abstract(self.critic, self.critic_optimizer)
+        if self.critic is not None and not self.is_shared:
+            init = functools.partial(decoder.init_params, self.critic)
+            critic, self.critic_frozen = self._abstract(init, self.critic_optimizer, self.critic)
         whole = partition.replicated(mesh)
         scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
         make_state: Any = RLState  # of abstract leaves
@@ -101,27 +126,42 @@ class Builder:
     def _critic_config(self) -> ModelConfig | None:
         if self.config.advantage == "group":
             return None
-        if self.reward is None or self.config.critic_init == "policy":
-            trunk = without_adapters(self.start.model)
-        else:
-            trunk = self.reward.config
-        return dataclasses.replace(trunk, head="scalar", lora=self.config.lora)
+        model = self.start.model
+        if self.critic_parent is not None and not self.critic_shares_base:
+            model = self.critic_parent.config
+        return dataclasses.replace(without_adapters(model), head="scalar", lora=self.config.lora)
 
-    def _abstract(self, model: ModelConfig, optimizer) -> tuple[Any, Params]:
-        init = functools.partial(decoder.init_params, model)
+    @property
+    def critic_parent(self) -> RewardModel | None:
+        """The reward model that a critic of its own starts as; None where it starts as the policy."""
+        return self.reward if self.config.critic_init == "reward_model" and not self.is_shared else None
+
+    @property
+    def critic_shares_base(self) -> bool:
+        """Whether the critic is adapters on the policy's base: fresh ones, or those of the reward model."""
+        parent, lora = self.critic_parent, self.config.lora
+        return lora.rank > 0 and (parent is None or (parent.shares_base and parent.config.lora == lora))
+
+    def _init_policy(self) -> Callable[[Any], Any]:
+        init = functools.partial(decoder.init_params, self.start.model)
+        if not self.is_shared:
+            return init
+        scalar = dataclasses.replace(self.start.model, head="scalar")
+        return lambda rng: {**init(rng), VALUE_HEAD: decoder.init_params(scalar, rng)["head"]}
+
+    def _abstract(self, init, optimizer, model: ModelConfig) -> tuple[Any, Params]:
         return abstract_state(init, optimizer, self.rng, self.mesh, DEFAULT_RULES, trainable(model))
 
     def create(self) -> tuple[RLState, Params]:
         """A fresh state, and what is frozen beside it."""
-        abstract = tree.merge(self.abstract.policy.params, self.policy_frozen)
-        loaded = self.start.load(abstract, self.mesh)
+        loaded = self.start.load(abstract_params(self.start.model, self.mesh), self.mesh)
         policy_rng, critic_rng, rng = jax.random.split(self.rng, 3)
-        init = functools.partial(decoder.init_params, self.start.model)
         policy, _, _ = init_state(
-            init, self.optimizer, policy_rng, self.mesh, DEFAULT_RULES, trainable(self.start.model), loaded=loaded
-        )
+            self._init_policy(), self.optimizer, policy_rng, self.mesh, DEFAULT_RULES, trainable(self.start.model),
+            loaded=loaded,
+        )  # fmt: skip
         critic = None
-        if self.critic is not None:
+        if self.critic is not None and not self.is_shared:
             critic, _, _ = init_state(
                 functools.partial(decoder.init_params, self.critic), self.critic_optimizer, critic_rng, self.mesh,
                 DEFAULT_RULES, trainable(self.critic), loaded=self._load_critic(self.critic),
@@ -138,11 +178,14 @@ class Builder:
 
     def _load_critic(self, model: ModelConfig) -> Params:
         """The critic's trunk, and with a reward model its head, shifted as its rewards are."""
-        abstract = abstract_params(model, self.mesh)
-        if self.reward is None or self.config.critic_init == "policy":
+        abstract, parent = abstract_params(model, self.mesh), self.critic_parent
+        if parent is None:
             return load_start(self.start.parent, model, abstract, self.mesh)
-        params = load_start(self.reward.run, model, abstract, self.mesh)
-        params["head"]["bias"] = params["head"]["bias"] - self.reward.shift
+        if self.critic_shares_base:
+            params = load_adapters(parent.run, self.mesh)
+        else:
+            params = load_start(parent.run, model, abstract, self.mesh)
+        params["head"]["bias"] = params["head"]["bias"] - parent.shift
         return params
 
     def reload(self) -> Params:
@@ -150,44 +193,55 @@ class Builder:
         frozen: dict[str, Params] = {}
         reference = load_trunk(self.start.parent, abstract_params(self.setup.reference, self.mesh), self.mesh)
         frozen["policy" if self.config.lora.rank else "reference"] = reference
-        if self.critic is not None and self.critic_frozen:
+        if self.critic is not None and self.critic_frozen and not self.critic_shares_base:
             frozen["critic"] = tree.split(self._load_critic(self.critic), trainable(self.critic))[1]
         if self.reward is not None:
-            frozen["reward"] = load_plain(self.reward.run, self.mesh)[1]
+            load = load_adapters if self.reward.shares_base else lambda run, mesh: load_plain(run, mesh)[1]
+            frozen["reward"] = load(self.reward.run, self.mesh)
         return frozen
 
     def steps(self) -> Steps:
         """The train steps of policy and critic."""
         config, accum = self.config, self.config.gradient_accumulation_steps
         make = functools.partial(make_train_step, mesh=self.mesh, rules=DEFAULT_RULES, accum=accum)
-        policy = make_policy(self.setup.policy, config.ppo, config.rollout.temperature)
+        make_objective = make_ppo if self.is_shared else make_policy
+        policy = make_objective(self.setup.policy, config.ppo, config.rollout.temperature)
         critic = None
-        if self.critic is not None:
+        if self.critic is not None and not self.is_shared:
             value = make_value(self.critic, config.ppo)
             critic = make(value, self.critic_optimizer, shardings=self.shardings.critic)
         return Steps(make(policy, self.optimizer, shardings=self.shardings.policy), critic)
 
     def score(self, frozen: Params, rollout: Rollout) -> Array:
-        """The reward model's scores, f32 [B]; 0 without one."""
-        if self.reward is None:
-            return jnp.zeros(len(rollout.tokens_BS), jnp.float32)
-        rewards_B = last_token_rewards(self.reward.config, frozen["reward"], rollout.tokens_BS, rollout.segments_BS)
-        return rewards_B - self.reward.shift
+        """The reward model's scores, f32 [B]."""
+        return reward_scores(self.reward, frozen, rollout)
 
     def memory(self) -> str:
-        """What each model keeps, over all devices, as a table."""
-        trained = {"policy": self.abstract.policy, "critic": self.abstract.critic}
-        frozen = {"policy": self.policy_frozen, "critic": self.critic_frozen, "reference": {}, "reward model": {}}
-        if not self.config.lora.rank:
-            frozen["reference"] = abstract_params(self.setup.reference, self.mesh)
+        """What each model keeps of its own, over all devices, as a table."""
+        policy, critic = self.abstract.policy, self.abstract.critic
+        kept: dict[str, tuple] = {
+            "policy": (policy.params, self.policy_frozen),
+            "critic": (),
+            "reference": (),
+            "reward model": (),
+        }
+        notes = {"critic": "a head on the policy's trunk" if self.is_shared else ""}
+        if critic is not None:
+            kept["critic"] = (critic.params, *([] if self.critic_shares_base else [self.critic_frozen]))
+            notes["critic"] = "adapters on the policy's base" if self.critic_shares_base else ""
+        if self.config.lora.rank:
+            notes["reference"] = "the policy's base"
+        else:
+            kept["reference"] = (abstract_params(self.setup.reference, self.mesh),)
         if self.reward is not None:
-            frozen["reward model"] = abstract_params(self.reward.config, self.mesh)
-        mib = lambda *trees: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) / 2**20
-        lines = []
-        for name, base in frozen.items():
-            state = trained.get(name)
-            params, moments = (state.params, state.opt_state) if state is not None else ({}, {})
-            lines.append(
-                f"{name:<13}{mib(params, base):10.1f} MiB of parameters, {mib(moments):10.1f} MiB of optimizer state"
-            )
-        return "\n".join(lines)
+            kept["reward model"] = (abstract_params(self.reward.config, self.mesh),)
+            if self.reward.shares_base:
+                kept["reward model"] = (abstract_adapters(self.reward.run, self.mesh),)
+                notes["reward model"] = "adapters on the policy's base"
+        mib = lambda trees: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) / 2**20
+        moments = {"policy": policy.opt_state, "critic": critic.opt_state if critic is not None else ()}
+        return "\n".join(
+            f"{name:<13}{mib(trees):10.1f} MiB of parameters, {mib(moments.get(name, ())):10.1f} MiB of optimizer state"
+            + (f"; {notes[name]}" if notes.get(name) else "")
+            for name, trees in kept.items()
+        )

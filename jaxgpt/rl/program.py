@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -33,13 +34,14 @@ def make_program(
     config, reward = parts.config, parts.reward
     sources = parts.start.sources | ({"reward_model": reward.parent["digest"]} if reward is not None else {})
     per_update = config.ppo.num_epochs * config.ppo.num_minibatches
+    train_step, evaluate = timed(make_train(parts, prompts), make_evaluate(parts, eval_prompts, log_samples))
     return Program(
         abstract=parts.abstract,
         create=parts.create,
         reload=parts.reload,
-        train_step=with_preflight(config, make_train(parts, prompts)),
+        train_step=with_preflight(config, train_step),
         batches=functools.partial(prompt_batches, config, prompts, parts.mesh),
-        evaluate=make_evaluate(parts, eval_prompts, log_samples),
+        evaluate=evaluate,
         schedule=lambda step: parts.schedule(step * per_update),
         tokens_per_step=config.rollout.batch_size * (config.rollout.max_prompt_length + config.rollout.max_new_tokens),
         flops_per_token=0.0,
@@ -74,6 +76,35 @@ def make_train(parts: Builder, prompts: PromptSet) -> Callable[[RLState, Params,
         return state, dict(metrics) | by_source
 
     return train_step
+
+
+def timed(train_step: Callable, evaluate: Callable) -> tuple[Callable, Callable]:
+    """Both, so that a row of evaluation with time/rollout_seconds has time/update_seconds, too.
+
+    An iteration is one program, into which no clock of the host sees. Its update is what the mean iteration since the last
+    evaluation took beyond one rollout with its scores; logging and checkpoints are in it, compilation is not.
+    """
+    window: list[float] = []  # when it began, and the iterations since
+
+    def step(state, frozen, batch):
+        out = train_step(state, frozen, batch)
+        if window:
+            window[1] += 1
+        else:
+            jax.block_until_ready(out)
+            window[:] = time.perf_counter(), 0
+        return out
+
+    def timed_evaluate(state, frozen, at):
+        jax.block_until_ready(state)
+        iteration = (time.perf_counter() - window[0]) / window[1] if window and window[1] else None
+        window.clear()
+        row = evaluate(state, frozen, at)
+        if iteration is not None and "time/rollout_seconds" in row:
+            row["time/update_seconds"] = max(iteration - row["time/rollout_seconds"], 0.0)
+        return row
+
+    return step, timed_evaluate
 
 
 def with_preflight(config: RLConfig, train_step: Callable) -> Callable:

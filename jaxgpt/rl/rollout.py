@@ -17,6 +17,8 @@ class RolloutConfig:
 
     batch_size: responses per iteration, num_samples_per_prompt of them to each prompt, side by side.
     temperature: also divides the trainer's logits: the policy that is trained is the one that is sampled from.
+    num_slots: responses that are decoded at once; the next prompt takes the place of a response that has ended, so that one
+      long response does not hold up the others. 0: all of batch_size. It changes no token, but log-probs by rounding.
     top_k, top_p: of the sampler alone. The trainer's log-probs are of the whole distribution, so that with either of them
       the sampled actions are no longer quite the policy's; off (0 and 1) is the sound choice.
     """
@@ -28,6 +30,7 @@ class RolloutConfig:
     top_k: int = 0
     top_p: float = 1.0
     num_samples_per_prompt: int = 1
+    num_slots: int = 0
 
     def __post_init__(self):
         for name in ("batch_size", "max_prompt_length", "max_new_tokens", "num_samples_per_prompt"):
@@ -35,6 +38,11 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{name} must be at least 1, not {getattr(self, name)}.")
         if self.temperature <= 0:
             raise ValueError(f"rollout.temperature must be positive, not {self.temperature}: RL needs to explore.")
+        if not 0 <= self.num_slots <= self.batch_size:
+            raise ValueError(
+                f"rollout.num_slots must be 0 (one per response) or from 1 to rollout.batch_size={self.batch_size}, "
+                f"not {self.num_slots}."
+            )
         if self.batch_size % self.num_samples_per_prompt:
             raise ValueError(
                 f"rollout.batch_size={self.batch_size} is not a multiple of "
@@ -80,11 +88,12 @@ def roll_out(
     sampler: SamplerConfig,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    num_slots: int = 0,
 ) -> Rollout:
     """Sample one response to each prompt; a row's draws depend on rng, its index and its prompt alone."""
     out = generate(
         model, params, prompts.tokens_BP, prompts.mask_BP, rng, max_new=max_new, sampler=sampler, eos_ids=eos_ids,
-        pad_id=pad_id,
+        pad_id=pad_id, num_slots=num_slots,
     )  # fmt: skip
     segments_BS = jnp.concatenate([prompts.mask_BP != 0, out.mask_BR != 0], axis=1).astype(jnp.int32)
     return Rollout(

@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from jaxgpt import partition, tree
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.numerics import masked_mean, masked_whiten
-from jaxgpt.objectives.ppo import PPOConfig, response_logprobs, response_values, token_means, token_weights
+from jaxgpt.objectives.ppo import (
+    PPOConfig,
+    response_logprobs,
+    response_values,
+    shared_critic,
+    token_means,
+    token_weights,
+)
 from jaxgpt.partition import Rules
 from jaxgpt.rl import advantages
 from jaxgpt.rl.advantages import Moments
@@ -38,8 +45,9 @@ class GroupConfig:
 
 
 class RLState(struct.PyTreeNode):
-    """Everything that an iteration changes. step: i32, iterations done. critic: None where advantages come from groups.
+    """Everything that an iteration changes. step: i32, iterations done.
 
+    critic: None where advantages come from groups, or where the policy's trunk is the critic's, too.
     kl_coef: f32. moments: of the scores so far, for their normalisation. rng: the key of an iteration is fold_in(rng, step).
     """
 
@@ -61,8 +69,8 @@ class Setup:
     """What an iteration is made of; static.
 
     policy: its config, adapters included. reference: the same model without them. critic: None for group advantages.
-    Parameters that are frozen come in one tree: frozen["policy"] and frozen["critic"], the base under adapters; and
-    frozen["reference"], where the policy has no base that could serve.
+    Parameters that are frozen come in one tree: frozen["policy"], the base under adapters; frozen["critic"], that of the
+    critic where it is another; and frozen["reference"], where the policy has no base that could serve.
     """
 
     policy: ModelConfig
@@ -76,7 +84,7 @@ class Setup:
 
 
 class Steps(NamedTuple):
-    """The train steps of policy and critic over a Trajectory."""
+    """The train steps of policy and critic over a Trajectory; of both in one where they share a trunk."""
 
     policy: Step
     critic: Step | None
@@ -120,6 +128,23 @@ def policy_params(state: RLState, frozen: Params) -> Params:
     return tree.merge(state.policy.params, frozen.get("policy", {}))
 
 
+def critic_base(frozen: Params) -> Params:
+    """What is frozen of a critic: its own base, or the trunk of the policy's."""
+    return frozen["critic"] if "critic" in frozen else trunk(frozen.get("policy", {}))
+
+
+def trunk(params: Params) -> Params:
+    """A model's parameters but for its head."""
+    return {name: leaf for name, leaf in params.items() if name != "head"}
+
+
+def critic_params(state: RLState, frozen: Params) -> Params:
+    """All of the critic's parameters."""
+    if state.critic is None:
+        return shared_critic(policy_params(state, frozen))
+    return tree.merge(state.critic.params, critic_base(frozen))
+
+
 def reference_params(frozen: Params) -> Params:
     """The reference's parameters: its own, or the base under the policy's adapters."""
     return frozen["reference"] if "reference" in frozen else frozen["policy"]
@@ -140,7 +165,7 @@ def collect(setup: Setup, state: RLState, frozen: Params, prompts: Prompts, rng:
     with jax.named_scope("rollout"):
         return roll_out(
             setup.policy, policy_params(state, frozen), prompts, rng, max_new=setup.rollout.max_new_tokens,
-            sampler=setup.rollout.sampler, eos_ids=setup.eos_ids, pad_id=setup.pad_id,
+            sampler=setup.rollout.sampler, eos_ids=setup.eos_ids, pad_id=setup.pad_id, num_slots=setup.rollout.num_slots,
         )  # fmt: skip
 
 
@@ -196,10 +221,9 @@ def make_trajectory(
     weights_BR, row_weights_B = token_weights(mask_BR, ppo.aggregation)
     returns_BR = values_BR = None
     metrics: dict[str, Array] = {}
-    if setup.critic is not None and state.critic is not None:
-        critic = tree.merge(state.critic.params, frozen.get("critic", {}))
+    if setup.critic is not None:
         values_BR = response_values(
-            setup.critic, critic, rollout.tokens_BS, rollout.segments_BS, rollout.positions_BS,
+            setup.critic, critic_params(state, frozen), rollout.tokens_BS, rollout.segments_BS, rollout.positions_BS,
             num_response=mask_BR.shape[1],
         )  # fmt: skip
         advantages_BR, returns_BR = advantages.gae(rewards_BR, values_BR, mask_BR, gamma=ppo.gamma, lam=ppo.gae_lambda)
@@ -268,7 +292,7 @@ def update(
             out = _named("policy", metrics)
             if steps.critic is None or critic is None:
                 return new_policy, critic, out
-            new_critic, metrics = steps.critic(critic, frozen.get("critic", {}), batch)
+            new_critic, metrics = steps.critic(critic, critic_base(frozen), batch)
             return new_policy, new_critic, out | _named("value", metrics)
 
         if setup.ppo.target_kl is None:
@@ -299,5 +323,8 @@ def update(
 
 
 def _named(group: str, metrics: Metrics) -> dict[str, Array]:
-    shown = {name: value for name, value in token_means(metrics).items() if name not in ("objective", "weight")}
-    return {f"{group}/{name}": value for name, value in shown.items()}
+    """What a train step says, as means over tokens; sums of a shared trunk have the group in their names already."""
+    for prefix in ("", "policy/", "value/"):
+        metrics = token_means(metrics, prefix) if f"{prefix}tokens" in metrics else metrics
+    shown = {name: value for name, value in metrics.items() if name not in ("objective", "weight")}
+    return {name if "/" in name else f"{group}/{name}": value for name, value in shown.items()}

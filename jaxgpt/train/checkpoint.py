@@ -14,6 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.train.workdir import write_atomic
 from jaxgpt.types import Params, TrainState
 
@@ -137,7 +138,8 @@ def restore_params(root: str, abstract: Params) -> Params:
     with ocp.Checkpointer(handler) as reader:
         stored = reader.metadata(path).item_metadata["state"].tree
         in_policy = "policy" in stored  # the state of reinforcement learning holds a critic, too
-        _check_shapes((stored["policy"] if in_policy else stored)["params"], abstract, path)
+        params = (stored["policy"] if in_policy else stored)["params"]
+        _check_shapes({name: leaf for name, leaf in params.items() if name != VALUE_HEAD}, abstract, path)
         target = {"policy": {"params": abstract}} if in_policy else {"params": abstract}
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True

@@ -15,6 +15,7 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
+from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.checkpoint import restore_params
 from jaxgpt.train.workdir import manifest_digest, read_manifest
@@ -92,6 +93,25 @@ def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
     abstract = abstract_params(run.config, mesh)
     if not run.config.lora.rank:
         return run.config, load_params(run.workdir, abstract)
+    base_params = load_trunk(adapter_base(run), tree.split(abstract, trainable(run.config))[1], mesh)
+    plain = without_adapters(run.config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plain, mesh))
+    merge = jax.jit(lambda params: lora.merge(run.config, params)[1], out_shardings=shardings)
+    return plain, merge(tree.merge(load_adapters(run, mesh), base_params))
+
+
+def abstract_adapters(run: Run, mesh: Mesh) -> Params:
+    """What a run with adapters trains: those, and a scalar head; as `abstract_params`."""
+    return tree.split(abstract_params(run.config, mesh), trainable(run.config))[0]
+
+
+def load_adapters(run: Run, mesh: Mesh) -> Params:
+    """What a run with adapters has trained, without its base."""
+    return load_params(run.workdir, abstract_adapters(run, mesh))
+
+
+def adapter_base(run: Run) -> Run:
+    """The run whose model a run's adapters stand on; ValueError where it is no longer the one they were trained on."""
     base = read_run(run.base)
     stored = _named_base(run.workdir)
     if stored is not None and stored != base.digest():
@@ -99,13 +119,7 @@ def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
             f"{run.field}: the adapters in {run.workdir} were trained on the base {stored[:12]}, but {run.base} now has the "
             f"digest {base.digest()[:12]}."
         )
-    trained, frozen = tree.split(abstract, trainable(run.config))
-    trained = load_params(run.workdir, trained)
-    base_params = load_trunk(base, frozen, mesh)
-    plain = without_adapters(run.config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plain, mesh))
-    merge = jax.jit(lambda params: lora.merge(run.config, params)[1], out_shardings=shardings)
-    return plain, merge(tree.merge(trained, base_params))
+    return base
 
 
 def _named_base(workdir: str) -> str | None:
@@ -142,10 +156,11 @@ def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
 
 
 def trainable(config: ModelConfig) -> Callable[[str], bool]:
-    """Which parameters a run of this model trains and keeps: all; with adapters those, and a scalar head."""
+    """Which parameters a run of this model trains and keeps: all; with adapters those, and scalar heads."""
     if not config.lora.rank:
         return lambda name: True
-    return lambda name: lora.is_adapter(name) or (config.head == "scalar" and name.startswith("head/"))
+    heads = (f"{VALUE_HEAD}/", "head/") if config.head == "scalar" else (f"{VALUE_HEAD}/",)
+    return lambda name: lora.is_adapter(name) or name.startswith(heads)
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:

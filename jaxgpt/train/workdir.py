@@ -58,7 +58,8 @@ def write_atomic(path: str, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _read_json(path: str) -> dict | None:
+def read_json(path: str) -> dict | None:
+    """The content of a JSON file, None where there is none; ValueError naming the line of what is not JSON."""
     if not os.path.isfile(path):
         return None
     with open(path) as file:
@@ -79,7 +80,7 @@ def check_same(workdir: str, config: dict, *, ignore: tuple[str, ...] = ()) -> N
 
     ignore: dotted fields (with all below them) that may differ.
     """
-    stored = _read_json(os.path.join(workdir, "config.json"))
+    stored = read_json(os.path.join(workdir, "config.json"))
     if stored is None:
         return
     old, new = _flatten(stored), _flatten(json.loads(json.dumps(config)))
@@ -118,6 +119,25 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+CLOCK_METRICS = ("train/tokens_per_second", "train/mfu", "time/rollout_seconds", "time/update_seconds")
+
+
+def without_times(row: dict[str, float]) -> dict[str, float]:
+    """The metrics that the same run has again, however fast the machine is."""
+    return {name: value for name, value in row.items() if name not in CLOCK_METRICS}
+
+
+_SUMMARIZED = (
+    "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy", "eval/scores", "eval/gold", "eval/kl",
+    "train/loss",
+)  # fmt: skip
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """The metrics that say how a run did, in a line."""
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in _SUMMARIZED if name in metrics)
+
+
 def write_manifest(workdir: str, manifest: dict) -> None:
     """manifest.json, the mark of a finished run, from process 0."""
     if jax.process_index() == 0:
@@ -126,7 +146,7 @@ def write_manifest(workdir: str, manifest: dict) -> None:
 
 def read_manifest(workdir: str) -> dict | None:
     """The manifest, or None where the run has not finished."""
-    return _read_json(os.path.join(workdir, "manifest.json"))
+    return read_json(os.path.join(workdir, "manifest.json"))
 
 
 def manifest_digest(manifest: dict) -> str:

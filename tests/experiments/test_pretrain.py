@@ -16,7 +16,7 @@ from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import load_model
 from tests.experiments.conftest import ROOT, command, environment
 
-TIMES = ("train/tokens_per_second", "train/mfu")
+TIMES = ("train/tokens_per_second", "train/mfu", "time/rollout_seconds", "time/update_seconds")
 
 
 def rows(workdir) -> list[dict]:

@@ -1,14 +1,29 @@
 """Reinforcement learning from the command line: it learns, it resumes to the bit, and it says what is wrong."""
 
 import concurrent.futures
+import itertools
 import json
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.experiments.conftest import command, finetuning, killed
+from experiments import cli
+from jaxgpt import partition
+from jaxgpt.objectives.ppo import response_values
+from jaxgpt.objectives.reward import last_token_rewards
+from jaxgpt.partition import MeshConfig
+from jaxgpt.rl.best_of_n import expected_best
+from jaxgpt.rl.config import RLConfig
+from jaxgpt.rl.models import Builder, read_reward_model
+from jaxgpt.rl.rollout import Rollout
+from jaxgpt.rl.step import critic_params
+from jaxgpt.train.finetune import start_from
+from jaxgpt.train.load import load_plain, read_run
+from tests.experiments.conftest import ROOT, command, finetuning, killed
 from tests.experiments.test_pretrain import rows
 
 REWARDS = """
@@ -54,7 +69,16 @@ def reward_model(finished, records, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def runs(finished, records, rewards_file, reward_model, tmp_path_factory) -> dict[str, tuple]:
+def reward_adapters(finished, records, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("adapters") / "run"
+    plan = finetuning("reward", "lora", finished[0], records["preferences"], lora__dora=True)
+    done = command("reward", f"--workdir={workdir}", *plan)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def runs(finished, records, rewards_file, reward_model, reward_adapters, tmp_path_factory) -> dict[str, tuple]:
     """name -> (stage, flags, workdir, finished process)."""
     root = tmp_path_factory.mktemp("rl")
     made = {
@@ -65,8 +89,11 @@ def runs(finished, records, rewards_file, reward_model, tmp_path_factory) -> dic
         "ppo": ("ppo", flags("ppo", "full", finished[0], records["first"], reward_model=reward_model,
                              ppo__num_epochs=2, ppo__kl_target=0.5, optimizer__schedule="constant",
                              critic_optimizer__schedule="constant", ppo__normalize_rewards=True)),
-        "lora": ("ppo", flags("ppo", "lora", finished[0], records["first"], reward_model=reward_model,
-                              ppo__num_epochs=1, critic_init="policy", lora__dora=True, ppo__missing_eos_penalty=-1)),
+        "lora": ("ppo", flags("ppo", "lora", finished[0], records["first"], reward_model=reward_adapters,
+                              ppo__num_epochs=1, lora__dora=True, ppo__missing_eos_penalty=-1,
+                              require_report_card=False)),
+        "shared": ("ppo", flags("ppo", "lora", finished[0], records["first"], ppo__value_coef=0.5,
+                                rewards=named(rewards_file, "count"), ppo__num_epochs=1, critic_trunk="shared")),
     }  # fmt: skip
 
     def start(name: str):
@@ -77,7 +104,7 @@ def runs(finished, records, rewards_file, reward_model, tmp_path_factory) -> dic
         return dict(zip(made, pool.map(start, made), strict=True))
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "lora"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "lora", "shared"])
 def test_a_run_leaves_what_the_contract_says(runs, name):
     stage, _, workdir, done = runs[name]
     assert done.returncode == 0, done.stderr
@@ -96,12 +123,85 @@ def test_a_run_leaves_what_the_contract_says(runs, name):
     assert logged[1]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert logged[1]["rollout/logprob_gap"] < 1e-4
     assert {"eval/scores", "eval/kl", "eval/mean_length"} < logged[6].keys()
+    timed = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert timed["time/rollout_seconds"] > 0
+    assert timed["time/update_seconds"] > 0
     manifest = json.loads((workdir / "manifest.json").read_text())
     assert manifest["stage"] == stage
-    assert ("reward_model" in manifest["parents"]) == (name != "grpo")
+    assert ("reward_model" in manifest["parents"]) == (name in ("ppo", "lora"))
+    assert not {name for name in manifest["final_metrics"] if "seconds" in name or "per_second" in name}
     samples = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * 2
     assert {"step", "prompt", "response", "scores", "kl"} <= samples[0].keys()
+
+
+def test_models_that_stand_on_the_policys_base_keep_nothing_but_adapters(runs):
+    kept = {
+        name: dict(re.findall(r"^(\w+(?: \w+)?) +([0-9.]+) MiB of par", runs[name][3].stdout, re.M)) for name in runs
+    }
+    assert kept["lora"]["reference"] == kept["shared"]["critic"] == kept["grpo"]["reward model"] == "0.0"
+    assert runs["lora"][3].stdout.count("on the policy's base") == 2
+    assert "a head on the policy's trunk" in runs["shared"][3].stdout
+
+
+def test_a_reward_adapter_on_the_policys_base_scores_as_the_merged_reward_model(runs, finished, reward_adapters):
+    mesh = partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    _, overrides = cli.split_overrides(["", *runs["lora"][1][1:]])
+    config = cli.load_config(str(ROOT / "configs/ppo.py:lora"), overrides, RLConfig)
+    start = start_from(config)
+    parts = Builder(config, start, read_reward_model(config, start), mesh)
+    state, frozen = parts.create()
+    assert set(frozen) == {"policy", "reward"}
+    tokens = np.random.default_rng(0).integers(3, 40, (4, 12)).astype(np.int32)
+    lengths = np.array([12, 9, 5, 12])
+    segments = (np.arange(12) < lengths[:, None]).astype(np.int32)
+    rollout = Rollout(tokens, segments, np.cumsum(segments, 1) - 1, None, None, None)
+    model, params = load_plain(read_run(str(reward_adapters)), mesh)
+    shift = json.loads((reward_adapters / "manifest.json").read_text())["reward_shift"]
+    wanted = last_token_rewards(model, params, tokens, segments) - shift
+    assert float(jnp.std(wanted)) > 0.01
+    np.testing.assert_allclose(parts.score(frozen, rollout), wanted, atol=1e-4)
+    values = response_values(
+        parts.critic, critic_params(state, frozen), tokens, segments, rollout.positions_BS, num_response=6
+    )
+    merged = response_values(model, params, tokens, segments, rollout.positions_BS, num_response=6)
+    live = segments[:, -6:] == 1
+    np.testing.assert_allclose(np.asarray(values)[live], np.asarray(merged)[live] - shift, atol=1e-4)
+
+
+def test_the_best_of_n_is_data_for_fine_tuning_and_an_interrupted_run_goes_on(
+    finished, records, rewards_file, tmp_path
+):
+    plan = flags("grpo", "best_of_n", finished[0], records["first"], rewards=named(rewards_file, "count"),
+                 gold="{'length': {'name': 'length', 'options': {'maximum': 3}}}", data__holdout__fraction=0.0)  # fmt: skip
+    done = command("best_of_n", f"--workdir={tmp_path / 'a'}", *plan)
+    assert done.returncode == 0, done.stderr
+    best = (tmp_path / "a/best.jsonl").read_bytes()
+    rows = [json.loads(line) for line in best.splitlines()]
+    assert len(rows) == 36
+    for row in rows:
+        assert len(row["scores"]) == len(row["golds"]) == 8
+        assert row["score"] == max(row["scores"]) == row["response"].count("e") + row["response"].count("n")
+    points = json.loads((tmp_path / "a/manifest.json").read_text())["curve"]
+    assert [point["k"] for point in points] == [1, 2, 4, 8]
+    assert points[0]["score"] == pytest.approx(np.mean([row["scores"] for row in rows]), abs=1e-5)
+    assert points[3]["score"] == pytest.approx(np.mean([row["score"] for row in rows]), abs=1e-5)
+    assert points[0]["score"] < points[1]["score"] < points[3]["score"]
+    dead = killed("best.jsonl", 3, "best_of_n", f"--workdir={tmp_path / 'b'}", *plan)
+    assert dead.returncode == -9, dead.stderr
+    assert command("best_of_n", f"--workdir={tmp_path / 'b'}", *plan).returncode == 0
+    assert (tmp_path / "b/best.jsonl").read_bytes() == best
+    plan = finetuning("sft", "full", finished[0], tmp_path / "a/best.jsonl", num_train_steps=2)
+    done = command("sft", f"--workdir={tmp_path / 'sft'}", *plan)
+    assert done.returncode == 0, done.stderr
+
+
+def test_expected_best_is_the_mean_over_all_choices():
+    rng = np.random.default_rng(0)
+    scores, values = rng.normal(size=6), rng.normal(size=6)
+    for k in (1, 2, 5, 6):
+        chosen = [max(c, key=lambda i: scores[i]) for c in itertools.combinations(range(6), k)]
+        assert expected_best(values, scores, k) == pytest.approx(np.mean(values[chosen]))
 
 
 def test_the_score_rises_and_gold_is_only_watched(runs):
@@ -129,9 +229,10 @@ def test_generation_takes_the_policy_of_an_rl_run(runs):
         assert done.returncode == 0, done.stderr
 
 
-def test_eight_devices_begin_as_one(runs, tmp_path):
+def test_eight_devices_and_as_many_slots_begin_as_one(runs, tmp_path):
     stage, arguments, workdir, _ = runs["ppo"]
-    mesh = [*arguments, "--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.num_train_steps=1"]
+    mesh = [*arguments, "--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.num_train_steps=1",
+            "--config.rollout.num_slots=8"]  # fmt: skip
     done = command(stage, f"--workdir={tmp_path / 'run'}", *mesh, devices=8)
     assert done.returncode == 0, done.stderr
     ours, theirs = rows(tmp_path / "run")[1], rows(workdir)[1]

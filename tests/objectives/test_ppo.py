@@ -13,6 +13,7 @@ from jaxgpt.config import build
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.ppo import (
+    VALUE_HEAD,
     PPOConfig,
     kl_loss,
     make_policy,
@@ -465,19 +466,10 @@ def test_the_policy_objective_and_its_gradient_are_those_through_whole_logits(pa
         close(sums["weight"], weight)
 
 
-def joint(config, temperature=0.7):
-    policy, value = make_policy(POLICY, config, temperature), make_value(CRITIC, config)
-    return make_ppo(
-        lambda params, batch, rng: policy(params["policy"], batch, rng),
-        lambda params, batch, rng: value(params["critic"], batch, rng),
-        config,
-    )
-
-
 def test_sums_add_over_rows_and_padding_and_order_change_nothing(params, critic):
     config = PPOConfig(kl_in="loss", kl_estimator="k3", entropy_coef=0.1, value_coef=0.3, chunk_tokens=4)
-    run = jax.jit(jax.value_and_grad(joint(config), has_aux=True))
-    both = {"policy": params, "critic": critic}
+    run = jax.jit(jax.value_and_grad(make_ppo(POLICY, config, 0.7), has_aux=True))
+    both = {**params, VALUE_HEAD: critic["head"]}
     rows = lambda batch, index: jax.tree.map(lambda a: a[np.array(index)], batch)
     for aggregation in ("token", "sequence", "constant"):
         batch = make_batch(aggregation=aggregation)
@@ -489,22 +481,30 @@ def test_sums_add_over_rows_and_padding_and_order_change_nothing(params, critic)
             same(run(both, make_batch(left=3, right=4, aggregation=aggregation, pad=5), None), whole)
 
 
-def test_one_loss_of_policy_and_critic_is_their_weighted_sum(params, critic):
+def test_one_loss_over_a_shared_trunk_is_the_weighted_sum_of_both(params, critic):
     batch, config = make_batch(), PPOConfig(value_coef=0.3, value_clip=0.1)
     policy, value = make_policy(POLICY, config, 0.7), make_value(CRITIC, config)
-    (loss, sums), gradient = jax.jit(jax.value_and_grad(joint(config), has_aux=True))(
-        {"policy": params, "critic": critic}, batch, None
-    )
-    one, _ = jax.jit(policy)(params, batch, None)
-    (other, _), slope = jax.jit(jax.value_and_grad(value, has_aux=True))(critic, batch, None)
-    close(loss, one + 0.3 * other, rtol=1e-5)
-    jax.tree.map(lambda a, b: close(a, 0.3 * b, rtol=1e-5), gradient["critic"], slope)
+    both = {**params, VALUE_HEAD: critic["head"]}
+    (loss, sums), gradient = jax.jit(jax.value_and_grad(make_ppo(POLICY, config, 0.7), has_aux=True))(both, batch, None)
+
+    def plain(both):
+        critic = {**both, "head": both[VALUE_HEAD]}
+        return policy(both, batch, None)[0] + 0.3 * value(critic, batch, None)[0]
+
+    wanted, slope = jax.jit(jax.value_and_grad(plain))(both)
+    close(loss, wanted, rtol=1e-5)
+    same(gradient, slope)
     assert sums["weight"] == 7
     assert {"policy/approxkl", "value/clipfrac", "policy/tokens", "value/tokens"} <= set(sums)
+
+
+def test_the_value_objective_is_the_clipped_error_of_the_values(critic):
+    batch = make_batch()
+    total, _ = jax.jit(make_value(CRITIC, PPOConfig(value_clip=0.1)))(critic, batch, None)
     v, live = np.asarray(values(critic, batch), np.float64), batch.response_mask_BR == 1
     v, old, returns = v[live], batch.old_values_BR[live], batch.returns_BR[live]
     clipped = np.clip(v, old - 0.1, old + 0.1)
-    close(other, np.maximum((v - returns) ** 2, (clipped - returns) ** 2).sum() / 2, rtol=1e-5)
+    close(total, np.maximum((v - returns) ** 2, (clipped - returns) ** 2).sum() / 2, rtol=1e-5)
 
 
 def test_rows_without_weight_are_out_of_loss_gradient_and_metrics(params):

@@ -148,6 +148,12 @@ def test_more_padding_and_another_order_of_rows_change_nothing():
 GROUPS = np.array([1.0, 0.2, -0.3, 0.7, 0.5, 0.1, 0.9, 0.4])
 
 
+def test_the_best_of_a_group_is_imitated_and_ties_share():
+    scores = np.array([1, 3, 2, 0, 5, 5, 1, 5])
+    got = advantages.group_advantages(scores, 4, scale="none", baseline="best")
+    close(got, [0, 1, 0, 0, 1 / 3, 1 / 3, 0, 1 / 3])
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

@@ -99,6 +99,16 @@ def test_training_goes_to_the_closed_form(algorithm, kl_in, estimator):
     assert after < 0.02
 
 
+def test_an_iteration_is_traced_and_compiled_once_and_never_asks_the_host():
+    problem = closed_form.make_problem("ppo", 0.5, 0, steps=3, rows=32)
+    assert "callback" not in problem.step.lower(problem.state, problem.frozen, problem.prompts).as_text()
+    state = problem.state
+    for _ in range(3):
+        state, _ = problem.step(state, problem.frozen, problem.prompts)
+    assert problem.step._cache_size() == 1
+    assert int(state.step) == 3
+
+
 GOOD = {
     "policy/first_ratio": 1.0, "rollout/reference_gap": 0.0, "rollout/mask_holes": 0.0, "rollout/logprob_gap": 1e-6,
 }  # fmt: skip

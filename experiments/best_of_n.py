@@ -1,0 +1,86 @@
+"""Best of n: sample several responses to each prompt and keep the one with the highest reward, as data for SFT.
+
+    python -m experiments.best_of_n --config=configs/grpo.py:best_of_n --workdir=runs/best --config.init_from=runs/sft \
+        --config.reward_model=runs/reward --config.data.train=prompts.jsonl
+    python -m experiments.sft --workdir=runs/sft2 --config.init_from=runs/sft --config.data.train=runs/best/best.jsonl
+
+The config is that of experiments.grpo; n is rollout.num_samples_per_prompt. It prints what best of k gives for smaller k,
+too, with gold rewards beside it: where gold falls while the score rises, the reward is over-optimised. A run that was
+interrupted goes on. configs/grpo.py:best_of_n trains on the best response at every iteration, with experiments.grpo.
+"""
+
+import os
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments import cli
+from experiments.ppo import check_room, read_sides
+from experiments.training import FREE_FIELDS
+from jaxgpt import partition
+from jaxgpt.config import to_dict
+from jaxgpt.rl.best_of_n import best_of_n, curve
+from jaxgpt.rl.config import RLConfig
+from jaxgpt.rl.models import RewardModel, read_reward_model
+from jaxgpt.rl.rewards import check_records
+from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.config import check_mesh
+from jaxgpt.train.finetune import Start, start_from
+
+
+def main(config: RLConfig, workdir: str) -> None:
+    """Sample into `workdir`, or go on with it."""
+    if config.advantage != "group":
+        raise ValueError(
+            "experiments.best_of_n needs advantage='group': start from --config=configs/grpo.py:best_of_n."
+        )
+    start = start_from(config)
+    check_room(config, start)
+    reward = read_reward_model(config, start)
+    mesh = partition.make_mesh(config.mesh, config.dcn_mesh)
+    check_mesh(config, start.model, mesh)
+    resolved = to_dict(config) | {"init_from": os.path.abspath(config.init_from)}
+    with workdirs.lock(workdir):
+        workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
+        if workdirs.read_manifest(workdir):
+            print(f"{workdir} is finished.")
+            return
+        workdirs.write_config(workdir, resolved)
+        sample(config, workdir, start, reward, mesh)
+
+
+def sample(config: RLConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh) -> None:
+    """Write best.jsonl batch by batch, then what it shows."""
+    prompts, _ = read_sides(config, start)
+    check_records({**config.rewards, **config.gold}, prompts.records, prompts.where)
+    path = os.path.join(workdir, "best.jsonl")
+    done = workdirs.read_rows(path)
+    first = done[-1]["step"] if done else 0  # the last batch may be cut short
+    is_main = jax.process_index() == 0
+    log = workdirs.JsonLog(path) if is_main else None
+    if log is not None:
+        log.truncate_after(first - 1)
+    batches = best_of_n(config, start, reward, prompts, mesh, first)
+    with tqdm(desc="best of n", unit=" prompts", total=len(prompts), disable=not is_main) as progress:
+        for i, rows in enumerate(batches, first):
+            progress.update(len(rows))
+            if log is not None:
+                log.append(i, *rows)
+    if not is_main:
+        return
+    points = curve(workdirs.read_rows(path))
+    for point in points:
+        print(", ".join(f"{name} {value:.4g}" for name, value in point.items()))
+    parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
+    workdirs.write_manifest(workdir, workdirs.base_manifest(
+        stage="best_of_n", config=to_dict(config), tokenizer_digest=start.tokenizer.digest,
+        chat_template_digest=start.template.digest, special_ids=start.tokenizer.special_ids,
+        vocab_size=start.tokenizer.vocab_size, data_fingerprint=prompts.fingerprint, parents=parents,
+        final_metrics=points[-1], curve=points,
+    ))  # fmt: skip
+    print(f"{len(prompts)} responses in {path}.")
+
+
+if __name__ == "__main__":
+    cli.run(main, RLConfig, default_config="configs/grpo.py:best_of_n")

@@ -1,0 +1,87 @@
+"""report.html of a pipeline: what each stage changed, its curves, the same prompts answered after each, and the lineage."""
+
+import glob
+import html
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxgpt.reporting.report import image, page
+from jaxgpt.train.workdir import read_rows
+
+# What held-out data say of a model, in the order of the stages; with RL eval/loss is minus the gold reward.
+MEASURES = {
+    "eval/loss": "loss (nats per token)",
+    "eval/bits_per_byte": "bits per byte",
+    "eval/accuracy": "accuracy",
+    "eval/margin": "margin of the reward",
+    "eval/scores": "score",
+    "eval/gold": "gold reward",
+    "eval/kl": "KL to the reference (nats)",
+    "eval/mean_length": "length of a response (tokens)",
+}
+
+
+class Lineage(NamedTuple):
+    """A stage's title, the digest of its manifest, and the stages it is built on."""
+
+    title: str
+    digest: str
+    parents: set[str]
+
+
+def write_pipeline_report(
+    root: str, stages: Mapping[str, Lineage], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """Write ROOT/report.html; returns its path.
+
+    stages: name -> lineage, in order; the workdir of a stage is ROOT/NAME. samples: stage -> records with "prompt" and
+    "response", the same prompts for each.
+    """
+    title = f"pipeline: {os.path.basename(os.path.abspath(root))}"
+    parts = [f"<h1>{html.escape(title)}</h1>", _before_and_after(root, stages), _side_by_side(samples)]
+    for name, stage in stages.items():
+        plots = sorted(glob.glob(os.path.join(root, name, "plots", "*.png")))
+        if plots:
+            link = f'<a href="{name}/report.html">its own report</a>'
+            parts.append(f"<h2>{html.escape(name)}</h2><p class=sub>{html.escape(stage.title)} ({link})</p>")
+            parts.append(f"<div class=plots>{''.join(image(path) for path in plots)}</div>")
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{html.escape(', '.join(sorted(stage.parents)))}<td>{stage.digest[:12]}"
+        for name, stage in stages.items()
+    )
+    parts.append(f"<h2>Lineage</h2><table><tr><th>stage<th>built on<th>digest of its manifest</tr>{rows}</table>")
+    path = os.path.join(root, "report.html")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page(title, parts))
+    return path
+
+
+def _before_and_after(root: str, stages: Mapping[str, Lineage]) -> str:
+    """Each stage's held-out measures at its first and its last evaluation."""
+    body = []
+    for name in stages:
+        rows = read_rows(os.path.join(root, name, "metrics.jsonl"))
+        for metric, label in MEASURES.items():
+            values = [(row["step"], row[metric]) for row in rows if metric in row]
+            if len(values) < 2 or (metric == "eval/loss" and "eval/scores" in rows[-1]):
+                continue
+            (first_step, first), (last_step, last) = values[0], values[-1]
+            body.append(
+                f"<tr><td>{html.escape(name)}<td>{label}<td class=number>{first:.4g}<td class=number>{first_step:,}"
+                f"<td class=number>{last:.4g}<td class=number>{last_step:,}"
+            )
+    head = "<tr><th>stage<th>on held-out data<th>before<th>at step<th>after<th>at step</tr>"
+    return f"<h2>Before and after each stage</h2><table>{head}{''.join(body)}</table>" if body else ""
+
+
+def _side_by_side(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    if not samples:
+        return ""
+    head = "".join(f"<th>after {html.escape(name)}" for name in samples)
+    body = "".join(
+        f"<tr><td>{html.escape(str(rows[0]['prompt']))}"
+        + "".join(f"<td>{html.escape(str(row['response']))}" for row in rows)
+        for rows in zip(*samples.values(), strict=True)
+    )
+    return f"<h2>The same prompts, answered after each stage</h2><table><tr><th>prompt{head}</tr>{body}</table>"
