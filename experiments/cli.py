@@ -87,15 +87,20 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 def load_config(spec: str, overrides: list[tuple[str, str]], config_cls: type[T]) -> T:
     """The config of a file (`path.py` or `path.py:preset`) with overrides, as a validated `config_cls`."""
+    values = plain_config(spec)
+    for field, text in overrides:
+        config_lib.override(values, config_cls, field, text)
+    return config_lib.build(config_cls, values)
+
+
+def plain_config(spec: str) -> dict:
+    """What a config file gives, as nested dicts."""
     path, _, preset = spec.partition(":")
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         there = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
         raise ValueError(f"--config: there is no file {path!r}; {folder} holds {', '.join(there) or 'no configs'}.")
-    values = _to_plain(_load_module(path).get_config(preset) if preset else _load_module(path).get_config())
-    for field, text in overrides:
-        config_lib.override(values, config_cls, field, text)
-    return config_lib.build(config_cls, values)
+    return _to_plain(_load_module(path).get_config(preset) if preset else _load_module(path).get_config())
 
 
 def _load_module(path: str) -> Any:

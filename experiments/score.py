@@ -16,7 +16,7 @@ from jaxgpt.train.workdir import read_manifest, write_atomic
 def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:
     """Write the reward of each prompt and response of a file, shifted as the manifest says; see experiments.reward."""
     manifest = read_manifest(workdir)
-    if manifest is None or manifest["stage"] != "reward":
+    if manifest is None or "reward_shift" not in manifest:
         raise ValueError(f"--workdir={workdir} is not a finished reward model, which score needs.")
     mesh = partition.make_mesh(config.mesh)
     model = load_model(workdir, mesh)

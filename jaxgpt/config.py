@@ -106,7 +106,7 @@ def field_type(cls: Any, path: str) -> Any:
             hint = hints[key]
         elif mapping is not None:
             hint = typing.get_args(mapping)[1]
-        else:
+        elif hint is not Any:
             raise ValueError(f"{seen} is a single value: it has no field {key!r}.")
         seen = _join(seen, key)
     return hint

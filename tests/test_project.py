@@ -7,12 +7,15 @@ import subprocess
 
 import pytest
 
-from configs import benchmark, evaluate, pretrain
+from configs import benchmark, evaluate, finalize, pretrain
 from experiments import cli, dpo, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
+from experiments.make_data import Config as MakeData
 from experiments.tokenizer import Config as TokenizerStage
+from jaxgpt.finalize.config import FinalizeConfig
+from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.train.config import PretrainConfig
 
@@ -28,6 +31,10 @@ STAGES = {
     "ppo": RLConfig,
     "grpo": RLConfig,
     "evaluate": EvaluateConfig,
+    "finalize": FinalizeConfig,
+    "make_data": MakeData,
+    "pipeline": PipelineConfig,
+    "arithmetic": PipelineConfig,
 }
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
@@ -36,7 +43,9 @@ PRESETS = [
     ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
     ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
     ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
-    ("grpo", "rloo"), ("grpo", "reinforce"), *(("evaluate", name) for name in evaluate._TASKS),
+    ("grpo", "rloo"), ("grpo", "reinforce"), ("grpo", "best_of_n"), *(("evaluate", name) for name in evaluate._TASKS),
+    *(("finalize", name) for name in finalize._PRESETS), ("make_data", "stdlib"), ("make_data", "arithmetic"),
+    ("pipeline", "quickstart"), ("arithmetic", ""),
 ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
         return None
     run = read_run(config.reward_model, "reward_model")
     manifest = run.manifest()
-    if manifest["stage"] != "reward":
+    if "reward_shift" not in manifest:
         raise ValueError(f"reward_model: {config.reward_model} is a run of {manifest['stage']}, not a reward model.")
     parent = parent_of(run, start.tokenizer, start.template)
     card = manifest.get("report_card", {})

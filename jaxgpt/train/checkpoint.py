@@ -123,29 +123,63 @@ class Checkpointer:
         return restored["state"], restored["meta"], step
 
 
-def restore_params(root: str, abstract: Params) -> Params:
-    """The parameters alone of the newest trusted checkpoint under `root`; nothing is changed there.
+def good_steps(root: str) -> list[int]:
+    """Steps under `root` whose checkpoints can be trusted, ascending; nothing is changed there."""
+    return [step for step in _steps(root) if _damage(root, step) is None]
+
+
+def restore_params(root: str, abstract: Params, *, step: int | None = None, ema: bool = False) -> Params:
+    """The parameters alone of a checkpoint under `root`; nothing is changed there.
+
+    step: a trusted one; None is the newest. ema: the optimizer's average of the parameters in their place.
 
     Raises ValueError where there is none, or where its parameters are not those of `abstract`.
     """
     root = os.path.abspath(root)
-    good = [step for step in _steps(root) if _damage(root, step) is None]
-    if not good:
-        raise ValueError(f"{root} holds no checkpoint that can be trusted.")
-    path = os.path.join(root, str(good[-1]))
+    if step is None:
+        good = good_steps(root)
+        if not good:
+            raise ValueError(f"{root} holds no checkpoint that can be trusted.")
+        step = good[-1]
+    path = os.path.join(root, str(step))
     json_handlers = {name: ocp.JsonCheckpointHandler() for name in ("meta", "metrics")}
     handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), **json_handlers)
     with ocp.Checkpointer(handler) as reader:
         stored = reader.metadata(path).item_metadata["state"].tree
-        in_policy = "policy" in stored  # the state of reinforcement learning holds a critic, too
-        params = (stored["policy"] if in_policy else stored)["params"]
-        _check_shapes({name: leaf for name, leaf in params.items() if name != VALUE_HEAD}, abstract, path)
-        target = {"policy": {"params": abstract}} if in_policy else {"params": abstract}
+        place = _place_of_params(stored, ema, path)
+        kept, others = _without_value_head(_at(stored, place))
+        _check_shapes(kept, abstract, path)
+        target = jax.tree.map(lambda _: ocp.PLACEHOLDER, stored)  # what is not read
+        _at(target, place[:-1])[place[-1]] = abstract | jax.tree.map(lambda _: ocp.PLACEHOLDER, others)
         arguments = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
         )
         state = reader.restore(path, args=ocp.args.Composite(state=arguments))["state"]
-        return (state["policy"] if in_policy else state)["params"]
+        return _without_value_head(_at(state, place))[0]
+
+
+def _without_value_head(params: Params) -> tuple[Params, Params]:
+    """(the parameters of the model, the value head beside them, where there is one)."""
+    others = {name: leaf for name, leaf in params.items() if name == VALUE_HEAD}
+    return {name: leaf for name, leaf in params.items() if name not in others}, others
+
+
+def _place_of_params(stored: Any, ema: bool, path: str) -> list:
+    """The keys that lead from a stored state to its parameters."""
+    policy = ["policy"] if "policy" in stored else []  # the state of reinforcement learning holds a critic, too
+    if not ema:
+        return [*policy, "params"]
+    steps = _at(stored, [*policy, "opt_state"])
+    last = len(steps) - 1  # where make_optimizer puts it
+    if not (isinstance(steps, list) and isinstance(steps[last], dict) and "ema" in steps[last]):
+        raise ValueError(f"{path} keeps no average of the parameters: optimizer.ema_decay was 0.")
+    return [*policy, "opt_state", last, "ema"]
+
+
+def _at(nested: Any, place: list) -> Any:
+    for key in place:
+        nested = nested[key]
+    return nested
 
 
 def _check_shapes(stored: Any, abstract: Params, path: str) -> None:

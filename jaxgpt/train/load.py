@@ -1,4 +1,4 @@
-"""A workdir as something to start from: its model, tokenizer and template, and its parameters as one plain model."""
+"""A workdir or an artifact as something to start from: its model, tokenizer, template, and parameters as one plain model."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.train.artifact import check_identity, is_artifact, load_artifact
 from jaxgpt.train.checkpoint import restore_params
 from jaxgpt.train.workdir import manifest_digest, read_manifest
 from jaxgpt.types import Params
@@ -24,7 +25,9 @@ from jaxgpt.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a training workdir says of itself. config: of the model, adapters included. base: what adapters stand on.
+    """What a training workdir, or an artifact, says of itself.
+
+    config: of the model, adapters included. base: what adapters stand on.
 
     field: the config field that named it, for messages.
     """
@@ -67,37 +70,45 @@ class LoadedModel:
 
 
 def read_run(workdir: str, field: str = "init_from") -> Run:
-    """The run of a workdir, finished or not; ValueError naming what is missing."""
+    """The run of a workdir, finished or not, or an artifact; ValueError naming what is missing or does not agree."""
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{field}: {workdir} is not the workdir of a training run: it has no config.json.")
     with open(path) as file:
         values = json.load(file)
     if "model" not in values:
-        raise ValueError(f"{field}: {workdir} holds no model (stage without one); point to a training run's workdir.")
-    return Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
+        raise ValueError(
+            f"{field}: {workdir} holds no model of this project: its config.json has no section model; point to a training "
+            "run's workdir or an artifact."
+        )
+    run = Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
+    if is_artifact(workdir):
+        check_identity(workdir, run.manifest(), run.config)
+    return run
 
 
 def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
-    """The newest good checkpoint of a training workdir; ValueError naming what is missing."""
+    """The newest good checkpoint of a training workdir, or an artifact; ValueError naming what is missing."""
     run = read_run(workdir)
     config, params = load_plain(run, mesh)
     return LoadedModel(config, params, run.tokenizer, run.template)
 
 
-def load_plain(run: Run, mesh: Mesh) -> tuple[ModelConfig, Params]:
+def load_plain(run: Run, mesh: Mesh, *, step: int | None = None, ema: bool = False) -> tuple[ModelConfig, Params]:
     """A run's config and parameters without adapters: those it has are merged into the base they were trained on.
+
+    step, ema: which of a training run's checkpoints, and whether the optimizer's average (`restore_params`).
 
     Raises ValueError where the base is no longer the one that the run's checkpoints name.
     """
     abstract = abstract_params(run.config, mesh)
     if not run.config.lora.rank:
-        return run.config, load_params(run.workdir, abstract)
+        return run.config, load_params(run.workdir, abstract, step=step, ema=ema)
     base_params = load_trunk(adapter_base(run), tree.split(abstract, trainable(run.config))[1], mesh)
     plain = without_adapters(run.config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plain, mesh))
     merge = jax.jit(lambda params: lora.merge(run.config, params)[1], out_shardings=shardings)
-    return plain, merge(tree.merge(load_adapters(run, mesh), base_params))
+    return plain, merge(tree.merge(load_adapters(run, mesh, step=step, ema=ema), base_params))
 
 
 def abstract_adapters(run: Run, mesh: Mesh) -> Params:
@@ -105,9 +116,9 @@ def abstract_adapters(run: Run, mesh: Mesh) -> Params:
     return tree.split(abstract_params(run.config, mesh), trainable(run.config))[0]
 
 
-def load_adapters(run: Run, mesh: Mesh) -> Params:
-    """What a run with adapters has trained, without its base."""
-    return load_params(run.workdir, abstract_adapters(run, mesh))
+def load_adapters(run: Run, mesh: Mesh, *, step: int | None = None, ema: bool = False) -> Params:
+    """What a run with adapters has trained, without its base; step, ema: as of `load_plain`."""
+    return load_params(run.workdir, abstract_adapters(run, mesh), step=step, ema=ema)
 
 
 def adapter_base(run: Run) -> Run:
@@ -173,9 +184,14 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     )
 
 
-def load_params(workdir: str, abstract: Params) -> Params:
-    """Parameters of the newest good checkpoint of `workdir`, in the shapes and shardings of `abstract`."""
-    return restore_params(os.path.join(workdir, "checkpoints"), abstract)
+def load_params(workdir: str, abstract: Params, *, step: int | None = None, ema: bool = False) -> Params:
+    """Parameters of a good checkpoint of `workdir`, or of an artifact, in the shapes and shardings of `abstract`.
+
+    step, ema: of a checkpoint, as in `restore_params`.
+    """
+    if is_artifact(workdir):
+        return load_artifact(workdir, abstract)
+    return restore_params(os.path.join(workdir, "checkpoints"), abstract, step=step, ema=ema)
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:

@@ -1,0 +1,76 @@
+"""Data that a machine without a network has: the standard library of its own Python, and sums.
+
+    python -m experiments.make_data --config=configs/make_data.py:stdlib --workdir=runs/data
+
+Files are read with ast; nothing of the standard library is imported or run. See configs/make_data.py.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import sys
+from typing import Literal
+
+from experiments import cli
+from jaxgpt.config import to_dict
+from jaxgpt.data.arithmetic import write_arithmetic
+from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
+from jaxgpt.data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
+from jaxgpt.train import workdir as workdirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is written.
+
+    kind: `stdlib`, a corpus (corpus.jsonl) and questions with answers, rankings and prompts about its functions and classes
+      (jaxgpt/data/stdlib_tasks.py); or `arithmetic`, sums (jaxgpt/data/arithmetic.py).
+    heldout_fraction: of packages, or of sums, that are in no file to train on.
+    max_bytes, max_records: of the corpus, and of each file of tasks; 0 is all there are.
+    largest, num_demonstrations: the largest number to add, and sums that are shown with their answers.
+    """
+
+    kind: Literal["stdlib", "arithmetic"] = "stdlib"
+    seed: int = 0
+    heldout_fraction: float = 0.1
+    max_bytes: int = 6_000_000
+    max_records: int = 0
+    largest: int = 99
+    num_demonstrations: int = 1000
+
+
+def main(config: Config, workdir: str) -> None:
+    """Write the files, and a manifest with their digests."""
+    with workdirs.lock(workdir):
+        workdirs.check_same(workdir, to_dict(config))
+        if workdirs.read_manifest(workdir):
+            print(f"{workdir} is finished.")
+            return
+        workdirs.write_config(workdir, to_dict(config))
+        if config.kind == "stdlib":
+            unseen = functools.partial(is_held_out_module, seed=config.seed, fraction=config.heldout_fraction)
+            corpus = os.path.join(workdir, "corpus.jsonl")
+            print(write_stdlib_corpus(corpus, max_bytes=config.max_bytes or sys.maxsize, skip=unseen))
+            print(write_stdlib_tasks(
+                workdir, seed=config.seed, heldout_fraction=config.heldout_fraction, max_records=config.max_records or None
+            ))  # fmt: skip
+        else:
+            print(write_arithmetic(
+                workdir, largest=config.largest, num_demonstrations=config.num_demonstrations,
+                heldout_fraction=config.heldout_fraction, seed=config.seed,
+            ))  # fmt: skip
+        files = sorted(name for name in os.listdir(workdir) if name.endswith(".jsonl"))
+        workdirs.write_manifest(workdir, workdirs.base_manifest(
+            stage="data", config=to_dict(config), files={name: digest(os.path.join(workdir, name)) for name in files}
+        ))  # fmt: skip
+
+
+def digest(path: str) -> str:
+    """sha256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, default_config="configs/make_data.py")

@@ -1,0 +1,130 @@
+"""Stages one after the other, from text to an aligned assistant, in one folder that remembers what is done.
+
+    python -m experiments.pipeline --config=configs/pipeline.py:quickstart --workdir=runs/quickstart
+    python -m experiments.pipeline --config=configs/arithmetic.py --workdir=runs/arithmetic --config.only=sft
+
+A config names the stages and what each is built on; see jaxgpt/pipeline/graph.py. Every stage is its ordinary command,
+printed before it runs, so that it can be copied. Run again, it resumes what was interrupted, keeps what is finished, and
+runs again what has changed with everything built on it; what is replaced is moved to WORKDIR/replaced. It ends with
+WORKDIR/report.html, and with exit code 1 where a stage has not done what its config expects.
+"""
+
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from typing import NoReturn
+
+import jax
+
+from experiments import cli
+from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, failed_expectations, key, substitute
+from jaxgpt.reporting.pipeline_report import Lineage, write_pipeline_report
+from jaxgpt.train import workdir as workdirs
+
+
+def main(config: PipelineConfig, workdir: str) -> None:
+    """Run the stages of `workdir` that are not finished, then write its manifest and report."""
+    jax.config.update("jax_platforms", "cpu")  # here alone: the devices are the stages'
+    with workdirs.lock(workdir):
+        path = os.path.join(workdir, "pipeline.json")
+        record = workdirs.read_json(path) or {}
+        order = config.order()
+        folders = {name: os.path.join(workdir, name) for name in order}
+        digests: dict[str, str] = {}
+        for name in order:
+            stage = config.stages[name]
+            parents = {parent: digests[parent] for parent in sorted(stage.parents())}
+            wanted = key(cli.plain_config(stage.spec), stage, parents)
+            manifest = workdirs.read_manifest(folders[name])
+            if manifest is None or record.get(name) != wanted:
+                put_aside(workdir, name, is_other=record.get(name) != wanted)
+                workdirs.write_atomic(path, json.dumps(record | {name: wanted}, indent=2) + "\n")
+                record[name] = wanted
+                manifest = run_stage(name, stage, folders)
+            judge(name, stage, folders[name], manifest)
+            digests[name] = workdirs.manifest_digest(manifest)
+            result = workdirs.summary(manifest.get("final_metrics", {}))
+            print(f"{name} is finished{result and f': {result}'} [{digests[name][:12]}]", flush=True)
+        samples = compare(config, folders, digests)
+        lineage = {
+            name: Lineage(config.stages[name].title, digests[name], config.stages[name].parents()) for name in order
+        }
+        parents = {name: {"path": os.path.abspath(folders[name]), "digest": digests[name]} for name in order}
+        workdirs.write_manifest(workdir, workdirs.base_manifest(stage="pipeline", parents=parents))
+        print(f"Report: {write_pipeline_report(workdir, lineage, samples)}")
+
+
+def put_aside(root: str, name: str, *, is_other: bool) -> None:
+    """Move a stage's folder out of the way where it is that of another config or other parents."""
+    folder = os.path.join(root, name)
+    if not is_other or not os.path.exists(folder):
+        return
+    replaced = os.path.join(root, "replaced")
+    os.makedirs(replaced, exist_ok=True)
+    target = os.path.join(replaced, f"{name}-{len(os.listdir(replaced))}")
+    os.rename(folder, target)
+    print(f"{name} has changed, or what it is built on: the old one is now in {target}.")
+
+
+def run_stage(name: str, stage: StageConfig, folders: dict[str, str]) -> dict:
+    """Run a stage's command and return its manifest; its failure ends the pipeline with its exit code."""
+    arguments = [f"--workdir={folders[name]}", *stage.flags(folders)]
+    print(f"\n== {stage.title or name}\n$ python -m experiments.{stage.command} {shlex.join(arguments)}", flush=True)
+    code = call(stage.command, *arguments)
+    manifest = workdirs.read_manifest(folders[name])
+    if code or manifest is None:
+        fail(f"the stage {name} ended with exit code {code}{'' if manifest else ', unfinished'}.", code or 1)
+    return manifest
+
+
+def call(command: str, *arguments: str) -> int:
+    """The exit code of a command, which hears of SIGTERM and does not outlive this process."""
+    die_with_parent = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL) if sys.platform == "linux" else None
+    child = subprocess.Popen([sys.executable, "-m", f"experiments.{command}", *arguments], preexec_fn=die_with_parent)
+    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def judge(name: str, stage: StageConfig, folder: str, manifest: dict) -> None:
+    """Exit 1 where the stage has not done what its config expects."""
+    rows = workdirs.read_rows(os.path.join(folder, "metrics.jsonl"))
+    failed = failed_expectations(stage, manifest, {k: v for row in reversed(rows) for k, v in row.items()})
+    if failed:
+        fail(f"the stage {name} has not done what is expected of it: {'; '.join(failed)}.", 1)
+
+
+def compare(config: PipelineConfig, folders: dict[str, str], digests: dict[str, str]) -> dict[str, list[dict]]:
+    """What the models of config.compare answer to the same prompts: stage -> records of experiments.generate."""
+    samples = {}
+    for name in config.compare.stages:
+        if name not in digests:
+            continue
+        output = os.path.join(os.path.dirname(folders[name]), "compare", f"{name}-{digests[name][:12]}.jsonl")
+        prompts = substitute(config.compare.prompts_file, folders)
+        code = 0 if os.path.exists(output) else call(
+            "generate", "--config=configs/generate.py:greedy", f"--config.init_from={folders[name]}",
+            f"--config.prompts_file={prompts}", f"--config.output={output}",
+            f"--config.max_new_tokens={config.compare.max_new_tokens}",
+        )  # fmt: skip
+        if code:
+            fail(f"the model of {name} could not answer {prompts}.", code)
+        with open(output, encoding="utf-8") as file:
+            samples[name] = [json.loads(line) for line in file]
+    return samples
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    """Say what went wrong, and exit."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    cli.run(main, PipelineConfig, default_config="configs/pipeline.py")

@@ -1,0 +1,194 @@
+"""A pipeline as data: its stages, their order, the flags each is called with, and what must hold of its result."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+REFERENCE = re.compile(r"\{(\w+)\}")
+_COMPARISON = re.compile(r"(?P<left>.+?) (?P<sign>[<>]) (?:(?P<factor>[-+.\de]+) \* )?(?P<right>.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a pipeline: `python -m experiments.COMMAND --config=CONFIG --workdir=ROOT/NAME --config.FIELD=value ...`.
+
+    config: FILE.py[:PRESET]; empty is configs/COMMAND.py.
+    fields: of the stage's own config, nested as there. "{NAME}" in a text stands for the workdir of the stage NAME, which
+      then runs first.
+    expect: what must hold of the result, as "A < B" or "A > FACTOR * B". A and B are numbers, or paths into the stage's
+      manifest: "final_metrics.eval/loss", "report_card.accuracy.low"; "first.eval/loss" is the metric's first logged value.
+    """
+
+    command: str = ""
+    config: str = ""
+    title: str = ""
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    expect: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for text in self.expect:
+            if not _COMPARISON.fullmatch(text):
+                raise ValueError(
+                    f"expect={text!r} is not a comparison such as 'final_metrics.eval/loss < 0.9 * first.eval/loss'."
+                )
+
+    @property
+    def spec(self) -> str:
+        """The config file, with its preset."""
+        return self.config or f"configs/{self.command}.py"
+
+    def parents(self) -> set[str]:
+        """The stages it refers to."""
+        return {name for value in dict(flatten(self.fields)).values() for name in _references(value)}
+
+    def flags(self, workdirs: Mapping[str, str]) -> list[str]:
+        """The arguments of its command but for --workdir, references put in."""
+        fields = (f"--config.{field}={substitute(value, workdirs)}" for field, value in flatten(self.fields))
+        return [f"--config={self.spec}", *fields]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Texts that several stages' models generate after the same prompts, side by side in the report.
+
+    stages: whose models; empty compares none. prompts_file: as of experiments.generate, with references.
+    """
+
+    stages: tuple[str, ...] = ()
+    prompts_file: str = ""
+    max_new_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Stages by name, and which of them run.
+
+    only: these and what they are built on; empty is all.
+    """
+
+    stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    compare: CompareConfig = CompareConfig()
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ValueError("stages is empty: a pipeline needs at least one stage.")
+        for name, stage in self.stages.items():
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"The name of stage {name!r} is a folder's: letters, digits and _ alone.")
+            if not stage.command:
+                raise ValueError(f"stages.{name}.command is missing: the experiments.COMMAND that the stage runs.")
+            for parent in stage.parents():
+                self._check_known(parent, f"stages.{name}.fields refers to {{{parent}}}")
+        for field, names in (("only", self.only), ("compare.stages", self.compare.stages)):
+            for name in names:
+                self._check_known(name, f"{field} names {name!r}")
+        self.order()
+
+    def _check_known(self, name: str, what: str) -> None:
+        if name not in self.stages:
+            nearest = difflib.get_close_matches(name, self.stages, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{what}, but there is no such stage; the nearest is {nearest!r}.")
+
+    def order(self) -> list[str]:
+        """The stages that run, parents first, else as they are written; ValueError for a circle."""
+        done: list[str] = []
+
+        def visit(name: str, above: tuple[str, ...]) -> None:
+            if name in above:
+                raise ValueError(f"The stages {' -> '.join((*above[above.index(name) :], name))} wait for each other.")
+            if name not in done:
+                for parent in sorted(self.stages[name].parents(), key=list(self.stages).index):
+                    visit(parent, (*above, name))
+                done.append(name)
+
+        for name in self.only or self.stages:
+            visit(name, ())
+        return done
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of a nested mapping, empty mappings included as values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
+    """The value with each "{NAME}" in its texts replaced by that stage's workdir; other braces stay."""
+    if isinstance(value, str):
+        return REFERENCE.sub(lambda match: workdirs.get(match[1], match[0]), value)
+    if isinstance(value, list | tuple):
+        return type(value)(substitute(item, workdirs) for item in value)
+    return value
+
+
+def _references(value: Any) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in _references(item)]
+    return REFERENCE.findall(value) if isinstance(value, str) else []
+
+
+def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str]) -> str:
+    """What decides whether a finished stage is still the one that is asked for: sha256 (hex).
+
+    Args:
+      values: what the stage's config file gives.
+      stage: its own fields, and its command.
+      parents: name -> manifest digest.
+
+    Files named in the fields count with their size and time of change, but for those in parents' workdirs.
+    """
+    files = {}
+    for name, value in flatten(stage.fields):
+        if isinstance(value, str) and not _references(value) and os.path.isfile(value):
+            status = os.stat(value)
+            files[name] = [status.st_size, status.st_mtime_ns]
+    content = [stage.command, stage.spec, values, stage.fields, dict(parents), files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def failed_expectations(stage: StageConfig, manifest: Mapping[str, Any], first: Mapping[str, float]) -> list[str]:
+    """Those of the stage's expectations that do not hold, with the numbers; first: metric -> its first logged value."""
+    content = {**manifest, "first": first}
+    return [
+        f"{text} ({left:.4g} against {right:.4g})"
+        for text, left, right in _judge(stage, content)
+        if not _holds(text, left, right)
+    ]
+
+
+def _judge(stage: StageConfig, content: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    for text in stage.expect:
+        match = _COMPARISON.fullmatch(text)
+        assert match is not None  # as __post_init__ has seen
+        yield text, _number(content, match["left"]), float(match["factor"] or 1) * _number(content, match["right"])
+
+
+def _holds(text: str, left: float, right: float) -> bool:
+    return left < right if " < " in text else left > right
+
+
+def _number(content: Mapping[str, Any], path: str) -> float:
+    """A number, or what a path leads to; ValueError naming the nearest name where it leads nowhere."""
+    try:
+        return float(path)
+    except ValueError:
+        pass
+    value: Any = content
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            known = list(value) if isinstance(value, Mapping) else []
+            nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"expect: the manifest has no {path}" + (f"; the nearest is {nearest[0]!r}." if nearest else ".")
+            )
+        value = value[part]
+    return float(value)

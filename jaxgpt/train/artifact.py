@@ -1,0 +1,136 @@
+"""A finalized or imported model on disk: what must agree before it is trusted, and its parameters, read part by part.
+
+The folder holds config.json, manifest.json (with the sha256 of every file of weights), the tokenizer, the chat template and
+safetensors under our parameter names. A quantized tensor NAME has its scales beside it, as NAME:scale.
+"""
+
+import functools
+import hashlib
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import tree
+from jaxgpt.data.chat import ChatTemplate
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.quantization import dequantize_part
+from jaxgpt.train.workdir import read_manifest
+from jaxgpt.types import Params
+from jaxgpt.weights import INDEX, SINGLE, StoredTensor, open_weights
+
+SCALE = ":scale"
+
+
+def is_artifact(folder: str) -> bool:
+    """Whether the folder holds weights of its own, and no run's checkpoints."""
+    has_weights = any(os.path.isfile(os.path.join(folder, name)) for name in (SINGLE, INDEX))
+    return has_weights and not os.path.isdir(os.path.join(folder, "checkpoints"))
+
+
+def check_identity(folder: str, manifest: dict, model: ModelConfig) -> None:
+    """ValueError where tokenizer, chat template or vocabulary of a folder are not those that its manifest names."""
+    tokenizer, template = Tokenizer.from_dir(folder), ChatTemplate.from_dir(folder)
+    pairs = [
+        ("tokenizer", manifest.get("tokenizer_digest"), tokenizer.digest),
+        ("chat template", manifest.get("chat_template_digest"), template.digest if template is not None else None),
+    ]
+    for what, named, found in pairs:
+        if named != found:
+            raise ValueError(
+                f"{folder} has the {what} {(found or 'none')[:12]}, but its manifest.json names {(named or 'none')[:12]}; "
+                "restore the one it was made with."
+            )
+    if (manifest.get("vocab_size"), manifest.get("special_ids")) != (tokenizer.vocab_size, tokenizer.special_ids):
+        raise ValueError(
+            f"{folder} has a tokenizer with a vocabulary of {tokenizer.vocab_size} pieces, but its manifest.json names "
+            f"another vocabulary, of {manifest.get('vocab_size')}."
+        )
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder}: model.vocab_size={model.vocab_size} in config.json is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size}."
+        )
+
+
+def load_artifact(folder: str, abstract: Params, manifest: dict | None = None) -> Params:
+    """The parameters of a folder in the shapes, dtypes and shardings of `abstract`; each process reads its own parts.
+
+    manifest: where it is not yet on disk.
+
+    Raises:
+      ValueError: naming what is missing, the file whose sha256 is not the manifest's, or the first tensor in which the
+        weights are of another architecture.
+    """
+    manifest = manifest or read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{folder} has weights but no manifest.json: it was never finished.")
+    _check_files(folder, manifest.get("weights", {}))
+    tensors = open_weights(folder)
+    wanted = tree.named_leaves(abstract)
+    _check_tensors(folder, tensors, wanted)
+    return tree.from_named(
+        {name: _put(tensors[name], tensors.get(name + SCALE), leaf) for name, leaf in wanted.items()}
+    )
+
+
+def file_digest(path: str) -> str:
+    """sha256 (hex) of a file, computed once for as long as the file is not written to."""
+    status = os.stat(path)
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: str, size: int, modified: int) -> str:
+    del size, modified
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(folder: str, digests: dict[str, str]) -> None:
+    """ValueError where a file of weights is missing, unknown, or has another sha256."""
+    present = [name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    for name in sorted({*digests, *present}):
+        path = os.path.join(folder, name)
+        if name not in digests:
+            raise ValueError(f"{path} is not among the weights that manifest.json names.")
+        if name not in present:
+            raise ValueError(f"{path} is missing.")
+        found = file_digest(path)
+        if found != digests[name]:
+            raise ValueError(
+                f"{path} is damaged: its sha256 is {found[:12]}, and manifest.json names {digests[name][:12]}."
+            )
+
+
+def _check_tensors(folder: str, tensors: dict[str, StoredTensor], wanted: dict[str, Any]) -> None:
+    names = {name.removesuffix(SCALE) for name in tensors}
+    for name in sorted(names | wanted.keys()):
+        ours, theirs = wanted.get(name), tensors.get(name)
+        if ours is None or theirs is None or not _fits(theirs, tensors.get(name + SCALE), ours.shape):
+            raise ValueError(
+                f"{folder} holds weights of another architecture than its config.json says: {name} is "
+                f"{'missing' if theirs is None else f'{theirs.dtype}{list(theirs.shape)}'} in the weights and "
+                f"{'missing' if ours is None else list(ours.shape)} in the config."
+            )
+
+
+def _fits(values: StoredTensor, scales: StoredTensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether the stored tensor, with its scales, is one of this shape."""
+    if scales is None:
+        return values.shape == shape and jax.numpy.issubdtype(values.dtype, np.floating)
+    if not len(values.shape) == len(scales.shape) == len(shape) or 0 in scales.shape:
+        return False
+    packed = [n for n, stored in zip(shape, values.shape, strict=True) if n != stored]
+    halved = len(packed) == 1 and all(2 * s == n for n, s in zip(shape, values.shape, strict=True) if n != s)
+    is_whole = all(n % count == 0 for n, count in zip(shape, scales.shape, strict=True))
+    return is_whole and (halved if values.dtype == np.uint8 else values.dtype == np.int8 and not packed)
+
+
+def _put(values: StoredTensor, scales: StoredTensor | None, leaf: Any) -> jax.Array:
+    if scales is None:
+        return values.put(leaf.sharding, leaf.dtype)
+    read = lambda index: dequantize_part(values, scales, leaf.shape, index).astype(leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
