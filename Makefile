@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## Install the project and its tools into .venv
 
 .PHONY: quickstart
-quickstart: $(STAMP) ## Train a small GPT on this Python's own library
-	$(HUGE_PAGES) $(BIN)/python -m experiments.quickstart --workdir=runs/quickstart $(ARGS)
+quickstart: $(STAMP) ## From this Python's own library to a small assistant: every stage
+	$(HUGE_PAGES) $(BIN)/python -m experiments.pipeline --config=configs/pipeline.py:quickstart --workdir=runs/quickstart $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Style, format and types

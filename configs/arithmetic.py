@@ -2,7 +2,7 @@
 
     python -m experiments.pipeline --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-A model of 0.5M parameters learns from 1000 of the 10,000 sums of two numbers below 100, and is then rewarded for right
+A model of 0.5M parameters learns from 1200 of the 10,000 sums of two numbers below 100, and is then rewarded for right
 answers to 9000 of them; the others are held out from all stages. eval/scores of the stages grpo and ppo is its accuracy on
 held-out sums, sampled at temperature 1.
 """
@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 _MODEL = {"num_layers": 2, "embed_dim": 128, "num_heads": 4, "mlp_dim": 384, "max_seq_length": 64}
 _RL = {
-    "init_from": "{sft}",
-    "data": {"train": "{data}/rl_train.jsonl", "eval": "{data}/eval.jsonl"},
+    "init_from": "@sft",
+    "data": {"train": "@data/rl_train.jsonl", "eval": "@data/eval.jsonl"},
     "rewards": {"right": {"name": "exact_match"}},
     "rollout": {"batch_size": 256, "max_prompt_length": 12, "max_new_tokens": 5},
     "num_eval_prompts": 512,
-    "num_train_steps": 200,
+    "num_train_steps": 400,
     "log_interval_steps": 5,
     "eval_interval_steps": 50,
     "checkpoint": {"save_interval_steps": 100},
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         "tokenizer": {
             "command": "tokenizer",
             "config": "configs/tokenizer.py:char",
-            "fields": {"data": {"train": "{data}/corpus.jsonl", "holdout": {"by": "hash", "fraction": 0.0}}},
+            "fields": {"data": {"train": "@data/corpus.jsonl", "holdout": {"by": "hash", "fraction": 0.0}}},
         },
         "pretrain": {
             "command": "pretrain",
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "fields": {
                 "model": _MODEL,
                 "data": {
-                    "train": "{data}/corpus.jsonl", "eval": "{data}/eval.jsonl", "tokenizer": "{tokenizer}",
+                    "train": "@data/corpus.jsonl", "eval": "@data/eval.jsonl", "tokenizer": "@tokenizer",
                     "sequence_length": 64, "packing": "best_fit",
                 },
                 "optimizer": {"name": "muon", "learning_rate": 6e-3},
@@ -51,8 +51,8 @@ def get_config() -> ConfigDict:
             "command": "sft",
             "title": "Supervised fine-tuning on the same sums as questions and answers",
             "fields": {
-                "init_from": "{pretrain}",
-                "data": {"train": "{data}/sft_train.jsonl", "eval": "{data}/eval.jsonl", "sequence_length": 64},
+                "init_from": "@pretrain",
+                "data": {"train": "@data/sft_train.jsonl", "eval": "@data/eval.jsonl", "sequence_length": 64},
                 "batch_size": 32,
                 "num_epochs": 0.0,
                 "num_train_steps": 100,
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
                 **_RL,
                 "rollout": {**_RL["rollout"], "num_samples_per_prompt": 8},
                 "ppo": {"num_minibatches": 2, "kl_coef": 0.0},
-                "optimizer": {"learning_rate": 3e-4, "warmup_steps": 20},
+                "optimizer": {"learning_rate": 5e-4, "warmup_steps": 20},
             },
             "expect": _EXPECT,
         },

@@ -17,9 +17,8 @@ def get_config(preset: str = "quickstart") -> ConfigDict:
     """The fields that differ from jaxgpt.pipeline.graph.PipelineConfig's defaults."""
     if preset != "quickstart":
         raise ValueError(f"configs/pipeline.py has no preset {preset!r}; there is quickstart.")
-    return ConfigDict({"stages": _quickstart(), "compare": {
-        "stages": ("pretrain", "sft", "ppo"), "prompts_file": "{data}/prompts_shown.jsonl",
-    }})  # fmt: skip
+    compare = {"stages": ("pretrain", "sft", "ppo"), "prompts_file": "@data/rl_eval.jsonl", "num_prompts": 8}
+    return ConfigDict({"stages": _quickstart(), "compare": compare})
 
 
 def _quickstart() -> dict:
@@ -33,13 +32,13 @@ def _quickstart() -> dict:
             "command": "tokenizer",
             "config": "configs/tokenizer.py:quickstart",
             "title": "Tokenizer: byte-pair encoding, 2048 pieces",
-            "fields": {"data": {"train": "{data}/corpus.jsonl"}},
+            "fields": {"data": {"train": "@data/corpus.jsonl"}},
         },
         "pretrain": {
             "command": "pretrain",
             "config": "configs/pretrain.py:quickstart",
             "title": "Pretraining: next-token prediction",
-            "fields": {"data": {"train": "{data}/corpus.jsonl", "tokenizer": "{tokenizer}"}},
+            "fields": {"data": {"train": "@data/corpus.jsonl", "tokenizer": "@tokenizer"}},
             "expect": ("final_metrics.eval/loss < 0.9 * reference_lines.unigram entropy",),
         },
         "sft": {
@@ -47,8 +46,8 @@ def _quickstart() -> dict:
             "config": "configs/sft.py:quickstart",
             "title": "Supervised fine-tuning: questions about functions and classes, answered from their docstrings",
             "fields": {
-                "init_from": "{pretrain}",
-                "data": {"train": "{data}/sft_train.jsonl", "eval": "{data}/sft_eval.jsonl"},
+                "init_from": "@pretrain",
+                "data": {"train": "@data/sft_train.jsonl", "eval": "@data/sft_eval.jsonl"},
             },
             "expect": ("final_metrics.eval/loss < 0.9 * first.eval/loss",),
         },
@@ -57,8 +56,8 @@ def _quickstart() -> dict:
             "config": "configs/reward.py:quickstart",
             "title": "Reward model: which of three answers is right",
             "fields": {
-                "init_from": "{sft}",
-                "data": {"train": "{data}/preferences_train.jsonl", "eval": "{data}/preferences_eval.jsonl"},
+                "init_from": "@sft",
+                "data": {"train": "@data/preferences_train.jsonl", "eval": "@data/preferences_eval.jsonl"},
             },
             "expect": ("report_card.accuracy.low > 0.5",),
         },
@@ -67,14 +66,32 @@ def _quickstart() -> dict:
             "config": "configs/ppo.py:quickstart",
             "title": "Reinforcement learning: PPO on questions about unseen modules, scored by the reward model",
             "fields": {
-                "init_from": "{sft}",
-                "reward_model": "{reward}",
-                "data": {"train": "{data}/prompts_rl.jsonl"},
+                "init_from": "@sft",
+                "reward_model": "@reward",
+                "data": {"train": "@data/rl_train.jsonl", "eval": "@data/rl_eval.jsonl"},
                 "gold": {"f1": {"name": "token_f1"}},
             },
             "expect": (
                 "final_metrics.eval/scores > first.eval/scores",
                 "final_metrics.eval/gold > 0.9 * first.eval/gold",
             ),
+        },
+        "final": {
+            "command": "finalize",
+            "config": "configs/finalize.py:int8",
+            "title": "Finalization: the policy's weights in int8, proven to be the same model",
+            "fields": {"init_from": "@ppo", "data": {"eval": "@data/sft_eval.jsonl"}},
+        },
+        "evaluate": {
+            "command": "evaluate",
+            "config": "configs/evaluate.py:win_rate",
+            "title": "Evaluation: how often the reward model prefers the final model to the fine-tuned one",
+            "fields": {
+                "init_from": "@final",
+                "baseline": "@sft",
+                "judge": "@reward",
+                "tasks": {"win_rate": {"path": "@data/rl_eval.jsonl", "max_new_tokens": 40}},
+            },
+            "expect": ("final_metrics.win_rate/win_rate > 0.5",),
         },
     }

@@ -7,6 +7,7 @@ Presets:
 
   full   policy and critic train every parameter; the critic starts as the reward model. The default.
   lora   adapters of rank 8 for both; the policy's base is also the reference.
+  quickstart  what `make quickstart` uses.
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +19,11 @@ def get_config(preset: str = "full") -> ConfigDict:
         "full": {"optimizer": {"learning_rate": 1e-4}, "critic_optimizer": {"learning_rate": 3e-4}},
         "lora": {
             "optimizer": {"learning_rate": 1e-3}, "critic_optimizer": {"learning_rate": 1e-3}, "lora": {"rank": 8},
+        },
+        "quickstart": {
+            "optimizer": {"learning_rate": 2e-4}, "critic_optimizer": {"learning_rate": 5e-4},
+            "rollout": {"max_new_tokens": 40}, "ppo": {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1},
+            "num_train_steps": 30, "num_eval_samples": 4,
         },
     }  # fmt: skip
     if preset not in presets:

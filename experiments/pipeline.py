@@ -10,6 +10,7 @@ WORKDIR/report.html, and with exit code 1 where a stage has not done what its co
 """
 
 import ctypes
+import itertools
 import json
 import os
 import shlex
@@ -102,12 +103,16 @@ def judge(name: str, stage: StageConfig, folder: str, manifest: dict) -> None:
 
 def compare(config: PipelineConfig, folders: dict[str, str], digests: dict[str, str]) -> dict[str, list[dict]]:
     """What the models of config.compare answer to the same prompts: stage -> records of experiments.generate."""
-    samples = {}
-    for name in config.compare.stages:
-        if name not in digests:
-            continue
-        output = os.path.join(os.path.dirname(folders[name]), "compare", f"{name}-{digests[name][:12]}.jsonl")
-        prompts = substitute(config.compare.prompts_file, folders)
+    stages = [name for name in config.compare.stages if name in digests]
+    if not stages:
+        return {}
+    root = os.path.join(os.path.dirname(folders[stages[0]]), "compare")
+    os.makedirs(root, exist_ok=True)
+    prompts, samples = os.path.join(root, "prompts.jsonl"), {}
+    with open(substitute(config.compare.prompts_file, folders), encoding="utf-8") as file:
+        workdirs.write_atomic(prompts, "".join(itertools.islice(file, config.compare.num_prompts)))
+    for name in stages:
+        output = os.path.join(root, f"{name}-{digests[name][:12]}.jsonl")
         code = 0 if os.path.exists(output) else call(
             "generate", "--config=configs/generate.py:greedy", f"--config.init_from={folders[name]}",
             f"--config.prompts_file={prompts}", f"--config.output={output}",

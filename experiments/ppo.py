@@ -19,7 +19,7 @@ from experiments.training import Job, train_in
 from jaxgpt.data.prompts import PromptSet, read_prompts
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.rl.config import RLConfig
-from jaxgpt.rl.models import Builder, RewardModel, read_reward_model
+from jaxgpt.rl.models import Builder, RewardModel, read_gold_model, read_reward_model
 from jaxgpt.rl.program import make_program
 from jaxgpt.rl.rewards import check_records
 from jaxgpt.train.finetune import Start, start_from
@@ -39,8 +39,8 @@ def main(config: RLConfig, workdir: str, name: str = "ppo") -> None:
     """Train the run in `workdir`, or go on with it."""
     start = start_from(config)
     check_room(config, start)
-    reward = read_reward_model(config, start)
-    train_in(workdir, name, config, start.model, functools.partial(prepare, config, workdir, start, reward))
+    reward, gold = read_reward_model(config, start), read_gold_model(config, start)
+    train_in(workdir, name, config, start.model, functools.partial(prepare, config, workdir, start, reward, gold))
 
 
 def check_room(config: RLConfig, start: Start) -> None:
@@ -54,8 +54,9 @@ def check_room(config: RLConfig, start: Start) -> None:
 
 
 def prepare(
-    config: RLConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh, cache_dir: str
-) -> Job:
+    config: RLConfig, workdir: str, start: Start, reward: RewardModel | None, gold: RewardModel | None, mesh: Mesh,
+    cache_dir: str,
+) -> Job:  # fmt: skip
     """The prompts and the program over them."""
     del cache_dir
     train, held_out = read_sides(config, start)
@@ -66,7 +67,7 @@ def prepare(
     config = dataclasses.replace(config, num_train_steps=config.num_steps(rows))
     is_main = jax.process_index() == 0
     log = JsonLog(os.path.join(workdir, "samples.jsonl")) if is_main else None
-    parts = Builder(config, start, reward, mesh)
+    parts = Builder(config, start, reward, mesh, gold)
     if is_main:
         print(parts.memory())
     program = make_program(
@@ -80,8 +81,7 @@ def prepare(
         fingerprint=train.fingerprint,
         train_rows=rows,
     )
-    parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
-    return Job(program, data, start.tokenizer, start.template, parents)
+    return Job(program, data, start.tokenizer, start.template, parts.parents)
 
 
 def read_sides(config: RLConfig, start: Start) -> tuple[PromptSet, PromptSet | None]:

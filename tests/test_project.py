@@ -45,7 +45,7 @@ PRESETS = [
     ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
     ("grpo", "rloo"), ("grpo", "reinforce"), ("grpo", "best_of_n"), *(("evaluate", name) for name in evaluate._TASKS),
     *(("finalize", name) for name in finalize._PRESETS), ("make_data", "stdlib"), ("make_data", "arithmetic"),
-    ("pipeline", "quickstart"), ("arithmetic", ""),
+    ("pipeline", "quickstart"), ("arithmetic", ""), ("ppo", "quickstart"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ def write_arithmetic(
 
     corpus.jsonl: {"text"} of demonstrated sums, "27+58=85". sft_train.jsonl: the same as {"prompt": "27+58=", "response":
     "85"}. rl_train.jsonl: {"prompt", "answer"} of every sum that is not held out. eval.jsonl: {"prompt", "response",
-    "answer"} of held-out ones, which no other file has.
+    "answer", "text"} of held-out ones, which no other file has.
     """
     pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
     random.Random(seed).shuffle(pairs)
@@ -29,7 +29,9 @@ def write_arithmetic(
         "corpus": [{"text": row["prompt"] + row["response"]} for row in demonstrations],
         "sft_train": demonstrations,
         "rl_train": [{"prompt": row["prompt"], "answer": row["response"]} for row in train],
-        "eval": [{**row, "answer": row["response"]} for row in sums[:held_out]],
+        "eval": [
+            {**row, "answer": row["response"], "text": row["prompt"] + row["response"]} for row in sums[:held_out]
+        ],
     }
     os.makedirs(folder, exist_ok=True)
     for name, rows in files.items():

@@ -85,7 +85,8 @@ def write_stdlib_tasks(
       preferences_{train,eval}.jsonl  {"prompt", "responses": [best, ..., worst]}: the right answer, that of a neighbour
                                       in the same module, then either that of something unrelated or the right one cut
                                       off within a sentence
-      prompts_rl.jsonl                {"prompt", "reference"}, about the modules of the eval files
+      rl_{train,eval}.jsonl           {"prompt", "reference"}, about the modules of the eval files: two questions about two
+                                      thirds of what is in them, one about each of the others
 
     Eval files are about top-level packages of which the train files hold nothing (see `is_held_out_module`); no text is
     a response on both sides. The same interpreter and arguments give the same files.
@@ -117,7 +118,8 @@ def write_stdlib_tasks(
         "sft_eval.jsonl": list(_answers(heldout, seed)),
         "preferences_train.jsonl": ranked,
         "preferences_eval.jsonl": list(_preferences(heldout, f"{seed} eval", seen)),
-        "prompts_rl.jsonl": list(_prompts(heldout, seed)),
+        "rl_train.jsonl": [row for i, item in enumerate(heldout) if i % 3 for row in _prompts(item, f"{seed} rl", 2)],
+        "rl_eval.jsonl": [row for item in heldout[::3] for row in _prompts(item, f"{seed} rl", 1)],
     }
     return _write(folder, {name: some[:max_records] for name, some in rows.items()})
 
@@ -231,9 +233,11 @@ def _answers(items: Iterable[_Item], seed: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": prompt, "response": item.text, "module": item.module, "name": item.name}
 
 
-def _prompts(items: Iterable[_Item], seed: int) -> Iterator[dict[str, Any]]:
-    for item in items:
-        yield {"prompt": _question(item, random.Random(f"{seed} rl {item.name}")), "reference": item.text}
+def _prompts(item: _Item, seed: str, count: int) -> Iterator[dict[str, Any]]:
+    """So many different questions about an item."""
+    texts = [text.format(kind=item.kind, name=item.name, call=item.call) for text in (OPENINGS[item.kind], *QUESTIONS)]
+    for text in random.Random(f"{seed} {item.name}").sample(texts, count):
+        yield {"prompt": text, "reference": item.text}
 
 
 def _preferences(items: Sequence[_Item], seed: str, texts: Container[str]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-REFERENCE = re.compile(r"\{(\w+)\}")
+REFERENCE = re.compile(r"@(\w+)")  # at the beginning of a text
 _COMPARISON = re.compile(r"(?P<left>.+?) (?P<sign>[<>]) (?:(?P<factor>[-+.\de]+) \* )?(?P<right>.+)")
 
 
@@ -18,8 +18,8 @@ class StageConfig:
     """One stage of a pipeline: `python -m experiments.COMMAND --config=CONFIG --workdir=ROOT/NAME --config.FIELD=value ...`.
 
     config: FILE.py[:PRESET]; empty is configs/COMMAND.py.
-    fields: of the stage's own config, nested as there. "{NAME}" in a text stands for the workdir of the stage NAME, which
-      then runs first.
+    fields: of the stage's own config, nested as there. A text that begins with @NAME begins with the workdir of the stage
+      NAME, which then runs first.
     expect: what must hold of the result, as "A < B" or "A > FACTOR * B". A and B are numbers, or paths into the stage's
       manifest: "final_metrics.eval/loss", "report_card.accuracy.low"; "first.eval/loss" is the metric's first logged value.
     """
@@ -56,11 +56,12 @@ class StageConfig:
 class CompareConfig:
     """Texts that several stages' models generate after the same prompts, side by side in the report.
 
-    stages: whose models; empty compares none. prompts_file: as of experiments.generate, with references.
+    stages: whose models; empty compares none. prompts_file: a jsonl file, with references; its first num_prompts are used.
     """
 
     stages: tuple[str, ...] = ()
     prompts_file: str = ""
+    num_prompts: int = 8
     max_new_tokens: int = 48
 
 
@@ -84,7 +85,7 @@ class PipelineConfig:
             if not stage.command:
                 raise ValueError(f"stages.{name}.command is missing: the experiments.COMMAND that the stage runs.")
             for parent in stage.parents():
-                self._check_known(parent, f"stages.{name}.fields refers to {{{parent}}}")
+                self._check_known(parent, f"stages.{name}.fields refers to @{parent}")
         for field, names in (("only", self.only), ("compare.stages", self.compare.stages)):
             for name in names:
                 self._check_known(name, f"{field} names {name!r}")
@@ -122,9 +123,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
-    """The value with each "{NAME}" in its texts replaced by that stage's workdir; other braces stay."""
+    """The value with the "@NAME" that its texts begin with replaced by that stage's workdir."""
     if isinstance(value, str):
-        return REFERENCE.sub(lambda match: workdirs.get(match[1], match[0]), value)
+        match = REFERENCE.match(value)
+        return workdirs[match[1]] + value[match.end() :] if match else value
     if isinstance(value, list | tuple):
         return type(value)(substitute(item, workdirs) for item in value)
     return value
@@ -133,7 +135,8 @@ def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
 def _references(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [name for item in value for name in _references(item)]
-    return REFERENCE.findall(value) if isinstance(value, str) else []
+    match = REFERENCE.match(value) if isinstance(value, str) else None
+    return [match[1]] if match else []
 
 
 def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str]) -> str:

@@ -18,13 +18,14 @@ class RLConfig(FinetuneConfig):
 
     advantage: `gae`, with a critic (PPO), or `group`, from the other responses to the prompt (GRPO, RLOO, REINFORCE).
     reward_model: the workdir of a reward model. rewards: label -> a reward computed on the host; their weighted sum is
-      added to the reward model's. gold: the same, but only logged at evaluations, never optimised.
+      added to the reward model's. gold_model, gold: the same, but only logged at evaluations, never optimised.
     critic_trunk: `own`, a second model, or `shared`: a value head beside the policy's, one optimizer, and
       ppo.value_coef weighs its loss.
     critic_init: an own critic starts as the `reward_model` (Stiennon et al. 2020), or as the `policy` with a new head.
     critic_optimizer: of an own critic; optimizer is the policy's.
-    num_eval_prompts: held-out prompts that are answered at each evaluation; samples.num_heldout of the answers are kept in
-      samples.jsonl. eval/loss, by which checkpoints are kept, is minus the gold reward, or minus the score without one.
+    num_eval_prompts: held-out prompts that are answered at each evaluation, num_eval_samples times each;
+      samples.num_heldout of the answers are kept in samples.jsonl. eval/loss, by which checkpoints are kept, is minus the
+      gold reward, or minus the score without one.
     preflight: check what must hold at the first update, and stop where it does not.
     require_report_card: refuse a reward model whose report card has failed.
     batch_size is rollout.batch_size, and set by it; eval_batches, packing and sequence_length of data mean nothing here.
@@ -37,11 +38,13 @@ class RLConfig(FinetuneConfig):
     group: GroupConfig = GroupConfig()
     reward_model: str = ""
     rewards: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
+    gold_model: str = ""
     gold: dict[str, RewardSource] = dataclasses.field(default_factory=dict)
     critic_trunk: Literal["own", "shared"] = "own"
     critic_init: Literal["reward_model", "policy"] = "reward_model"
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=0)
     num_eval_prompts: int = 64
+    num_eval_samples: int = 1
     samples: SamplesConfig = SamplesConfig(num_heldout=8)
     preflight: bool = True
     require_report_card: bool = True
@@ -52,6 +55,8 @@ class RLConfig(FinetuneConfig):
             raise ValueError(f"batch_size={self.batch_size} is set by rollout.batch_size={rows} in RL; leave it out.")
         object.__setattr__(self, "batch_size", rows)
         super().__post_init__()
+        if self.num_eval_samples < 1:
+            raise ValueError(f"num_eval_samples must be at least 1, not {self.num_eval_samples}.")
         if rows % self.ppo.num_minibatches:
             raise ValueError(
                 f"rollout.batch_size={rows} is not a multiple of ppo.num_minibatches={self.ppo.num_minibatches}."

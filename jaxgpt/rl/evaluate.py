@@ -15,7 +15,7 @@ from jaxgpt.data.prompts import PromptSet
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.rl.config import RLConfig
-from jaxgpt.rl.models import Builder
+from jaxgpt.rl.models import Builder, reward_scores
 from jaxgpt.rl.rewards import CheckedRewardFn, combine
 from jaxgpt.rl.rollout import Prompts, Rollout
 from jaxgpt.rl.step import RLState, collect, policy_params, reference_params, rollout_logprobs
@@ -67,16 +67,17 @@ def make_evaluate(
             rollout = collect(setup, state, frozen, batch, rng)
             return rollout, parts.score(frozen, rollout)
 
-    def divergence(state: RLState, frozen: Params, rollout: Rollout):
+    def judge(state: RLState, frozen: Params, rollout: Rollout):
         with partition.activate(mesh, DEFAULT_RULES):
             policy_BR, _ = rollout_logprobs(setup, setup.policy, policy_params(state, frozen), rollout)
             reference_BR, _ = rollout_logprobs(setup, setup.reference, reference_params(frozen), rollout)
-            return jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
+            kl_B = jnp.sum((policy_BR - reference_BR) * rollout.response_mask_BR, axis=1)
+            return kl_B, reward_scores(parts.gold, frozen, rollout, "gold")
 
-    answer, divergence = (jax.jit(f, out_shardings=whole) for f in (answer, divergence))
+    answer, judge = (jax.jit(f, out_shardings=whole) for f in (answer, judge))
     host = combine(config.rewards) if config.rewards else None
     gold = combine(config.gold) if config.gold else None
-    chosen = np.arange(min(config.num_eval_prompts, len(prompts)))
+    chosen = np.repeat(np.arange(min(config.num_eval_prompts, len(prompts))), config.num_eval_samples)
     calls = itertools.count()
 
     def evaluate(state: RLState, frozen: Params, step: int) -> dict[str, float]:
@@ -92,13 +93,16 @@ def make_evaluate(
             rollout, scores_B = jax.block_until_ready(answer(state, frozen, batch, rng))
             if next(calls):  # the first one compiles
                 seconds.append(time.perf_counter() - started)
-            found = {"scores": np.asarray(scores_B), "kl": np.asarray(divergence(state, frozen, rollout))}
+            kl_B, gold_B = (np.asarray(values_B) for values_B in judge(state, frozen, rollout))
+            found = {"scores": np.asarray(scores_B), "kl": kl_B}
             if host is not None:
                 result = host_rewards(host, parts.start.tokenizer, prompts, filled, rollout)
                 found["scores"] = found["scores"] + result.total_B
                 found |= {f"rewards/{label}": value_B for label, value_B in result.by_source.items()}
             if gold is not None:
-                found["gold"] = host_rewards(gold, parts.start.tokenizer, prompts, filled, rollout).total_B
+                gold_B = gold_B + host_rewards(gold, parts.start.tokenizer, prompts, filled, rollout).total_B
+            if gold is not None or parts.gold is not None:
+                found["gold"] = gold_B
             found["mean_length"] = np.asarray(rollout.response_mask_BR).sum(axis=1)
             found["eos_fraction"] = np.asarray(rollout.has_eos_B)
             texts += response_texts(parts.start.tokenizer, rollout)[: len(index_B)]
@@ -116,9 +120,9 @@ def make_evaluate(
 def _samples(
     config: RLConfig, prompts: PromptSet, chosen, texts: list[str], values: dict[str, np.ndarray]
 ) -> list[dict]:
-    shown = min(config.samples.num_heldout, len(chosen))
+    rows = range(0, len(chosen), config.num_eval_samples)[: config.samples.num_heldout]
     return [
-        {"prompt": prompts.texts[i], "response": texts[i]}
-        | {name: round(float(values[name][i]), 4) for name in ("scores", "gold", "kl") if name in values}
-        for i in range(shown)
+        {"prompt": prompts.texts[chosen[row]], "response": texts[row]}
+        | {name: round(float(values[name][row]), 4) for name in ("scores", "gold", "kl") if name in values}
+        for row in rows
     ]

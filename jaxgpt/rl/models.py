@@ -61,28 +61,39 @@ def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
         if config.advantage == "gae" and config.critic_trunk == "own" and config.critic_init == "reward_model":
             raise ValueError("critic_init='reward_model' needs reward_model; without one use critic_init='policy'.")
         return None
-    run = read_run(config.reward_model, "reward_model")
-    manifest = run.manifest()
-    if "reward_shift" not in manifest:
-        raise ValueError(f"reward_model: {config.reward_model} is a run of {manifest['stage']}, not a reward model.")
-    parent = parent_of(run, start.tokenizer, start.template)
-    card = manifest.get("report_card", {})
+    reward = _read(config.reward_model, "reward_model", start)
+    card = reward.run.manifest().get("report_card", {})
     if config.require_report_card and not card.get("passed", False):
         reasons = " ".join(card.get("failures", ["It has none: there were no held-out pairs."]))
         raise ValueError(
             f"reward_model: the report card of {config.reward_model} has not passed. {reasons} "
             "require_report_card=False uses it all the same."
         )
-    shares = bool(config.lora.rank and run.config.lora.rank) and adapter_base(run).digest() == start.parent.digest()
-    model = run.config if shares else without_adapters(run.config)
-    return RewardModel(run, parent, model, manifest["reward_shift"], shares)
+    adapters = config.lora.rank > 0 and reward.run.config.lora.rank > 0
+    if adapters and adapter_base(reward.run).digest() == start.parent.digest():
+        return dataclasses.replace(reward, config=reward.run.config, shares_base=True)
+    return reward
 
 
-def reward_scores(reward: RewardModel | None, frozen: Params, rollout: Rollout) -> Array:
-    """The rewards of a rollout's responses, f32 [B], by frozen["reward"]; 0 without a reward model. Jittable."""
+def read_gold_model(config: RLConfig, start: Start) -> RewardModel | None:
+    """The reward model that is only watched, if the config has one; ValueError where it does not fit the policy."""
+    return _read(config.gold_model, "gold_model", start) if config.gold_model else None
+
+
+def _read(workdir: str, field: str, start: Start) -> RewardModel:
+    run = read_run(workdir, field)
+    manifest = run.manifest()
+    if "reward_shift" not in manifest:
+        raise ValueError(f"{field}: {workdir} is a run of {manifest['stage']}, not a reward model.")
+    parent = parent_of(run, start.tokenizer, start.template)
+    return RewardModel(run, parent, without_adapters(run.config), manifest["reward_shift"], shares_base=False)
+
+
+def reward_scores(reward: RewardModel | None, frozen: Params, rollout: Rollout, name: str = "reward") -> Array:
+    """The rewards of a rollout's responses, f32 [B], by frozen[name]; 0 without a reward model. Jittable."""
     if reward is None:
         return jnp.zeros(len(rollout.tokens_BS), jnp.float32)
-    params = frozen["reward"]
+    params = frozen[name]
     if reward.shares_base:
         params = tree.merge(params, trunk(frozen["policy"]))
     return last_token_rewards(reward.config, params, rollout.tokens_BS, rollout.segments_BS) - reward.shift
@@ -91,8 +102,10 @@ def reward_scores(reward: RewardModel | None, frozen: Params, rollout: Rollout) 
 class Builder:
     """The parts of one run, made once. Abstract until `create` or `reload` put parameters on the mesh."""
 
-    def __init__(self, config: RLConfig, start: Start, reward: RewardModel | None, mesh: Mesh):
-        self.config, self.start, self.reward, self.mesh = config, start, reward, mesh
+    def __init__(
+        self, config: RLConfig, start: Start, reward: RewardModel | None, mesh: Mesh, gold: RewardModel | None = None
+    ):
+        self.config, self.start, self.reward, self.gold, self.mesh = config, start, reward, gold, mesh
         self.is_shared = config.critic_trunk == "shared"
         if config.rollout.num_slots:
             partition.local_rows(mesh, config.rollout.num_slots, "rollout.num_slots")
@@ -198,6 +211,8 @@ class Builder:
         if self.reward is not None:
             load = load_adapters if self.reward.shares_base else lambda run, mesh: load_plain(run, mesh)[1]
             frozen["reward"] = load(self.reward.run, self.mesh)
+        if self.gold is not None:
+            frozen["gold"] = load_plain(self.gold.run, self.mesh)[1]
         return frozen
 
     def steps(self) -> Steps:
@@ -215,6 +230,12 @@ class Builder:
     def score(self, frozen: Params, rollout: Rollout) -> Array:
         """The reward model's scores, f32 [B]."""
         return reward_scores(self.reward, frozen, rollout)
+
+    @property
+    def parents(self) -> dict[str, dict[str, str]]:
+        """{"path", "digest"} of all runs that it is built on, by the config field that names them."""
+        models = {"reward_model": self.reward, "gold_model": self.gold}
+        return self.start.parents | {field: model.parent for field, model in models.items() if model is not None}
 
     def memory(self) -> str:
         """What each model keeps of its own, over all devices, as a table."""
@@ -238,6 +259,8 @@ class Builder:
             if self.reward.shares_base:
                 kept["reward model"] = (abstract_adapters(self.reward.run, self.mesh),)
                 notes["reward model"] = "adapters on the policy's base"
+        if self.gold is not None:
+            kept["gold model"] = (abstract_params(self.gold.config, self.mesh),)
         mib = lambda trees: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)) / 2**20
         moments = {"policy": policy.opt_state, "critic": critic.opt_state if critic is not None else ()}
         return "\n".join(

@@ -31,8 +31,7 @@ def make_program(
     on_start: Callable[[int], None],
 ) -> Program:
     """The run as a program of `train.run`."""
-    config, reward = parts.config, parts.reward
-    sources = parts.start.sources | ({"reward_model": reward.parent["digest"]} if reward is not None else {})
+    config = parts.config
     per_update = config.ppo.num_epochs * config.ppo.num_minibatches
     train_step, evaluate = timed(make_train(parts, prompts), make_evaluate(parts, eval_prompts, log_samples))
     return Program(
@@ -45,7 +44,7 @@ def make_program(
         schedule=lambda step: parts.schedule(step * per_update),
         tokens_per_step=config.rollout.batch_size * (config.rollout.max_prompt_length + config.rollout.max_new_tokens),
         flops_per_token=0.0,
-        sources=sources,
+        sources={field: parent["digest"] for field, parent in parts.parents.items()},
         on_start=on_start,
     )
 

@@ -14,6 +14,7 @@ import pytest
 from jaxgpt.data import stdlib_corpus, stdlib_tasks
 
 SFT = ("sft_train.jsonl", "sft_eval.jsonl")
+RL = ("rl_train.jsonl", "rl_eval.jsonl")
 PREFERENCES = ("preferences_train.jsonl", "preferences_eval.jsonl")
 HARMLESS = ("argparse", "base64", "calendar", "inspect", "json", "os.path", "pathlib", "random", "shutil", "textwrap")
 
@@ -60,7 +61,7 @@ def documentation(name):
 
 def test_files_hold_the_documented_fields_and_as_many_records_as_the_stats_say(tasks):
     _, stats, rows = tasks
-    assert set(rows) == {*SFT, *PREFERENCES, "prompts_rl.jsonl"}
+    assert set(rows) == {*SFT, *PREFERENCES, *RL}
     assert stats.records == {name: len(some) for name, some in rows.items()}
     assert stats.num_words["sft_eval.jsonl"] == sum(len(r["response"].split()) for r in rows["sft_eval.jsonl"])
     assert stats.num_words["preferences_eval.jsonl"] == sum(
@@ -124,7 +125,10 @@ def test_no_package_and_no_text_is_on_both_sides(tasks):
         ranked = [text for row in rows[preferences] for text in row["responses"]]
         texts.append({tuple(words_of(text)) for text in ranked + [row["response"] for row in rows[sft]]})
     assert not texts[0] & texts[1]
-    assert {r["reference"] for r in rows["prompts_rl.jsonl"]} == {r["response"] for r in rows["sft_eval.jsonl"]}
+    asked = [{row["reference"] for row in rows[name]} for name in RL]
+    assert asked[0] | asked[1] == {row["response"] for row in rows["sft_eval.jsonl"]}
+    prompts = [row["prompt"] for row in rows[RL[0]]]
+    assert len(set(prompts)) == len(prompts)
 
 
 @pytest.mark.parametrize("side", [0, 1])
