@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from configs import benchmark, evaluate, finalize, pretrain
-from experiments import cli, dpo, reward, sft
+from experiments import cli, dpo, export_hf, import_hf, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
@@ -35,6 +35,8 @@ STAGES = {
     "make_data": MakeData,
     "pipeline": PipelineConfig,
     "arithmetic": PipelineConfig,
+    "import_hf": import_hf.Config,
+    "export_hf": export_hf.Config,
 }
 PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
@@ -46,6 +48,7 @@ PRESETS = [
     ("grpo", "rloo"), ("grpo", "reinforce"), ("grpo", "best_of_n"), *(("evaluate", name) for name in evaluate._TASKS),
     *(("finalize", name) for name in finalize._PRESETS), ("make_data", "stdlib"), ("make_data", "arithmetic"),
     ("pipeline", "quickstart"), ("arithmetic", ""), ("ppo", "quickstart"),
+    ("import_hf", ""), ("export_hf", ""),
 ]  # fmt: skip
 
 

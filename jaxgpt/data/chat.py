@@ -78,6 +78,7 @@ _ALIASES = {
     "<start_of_turn>": RESERVED[0], "<end_of_turn>": _END,
     "<|begin_of_text|>": _BOS, "<|end_of_text|>": _EOS, "<|endoftext|>": _EOS, "<s>": _BOS, "</s>": _EOS,
 }  # fmt: skip
+KNOWN_MARKERS = {*_ALIASES, _BOS, _EOS, *ROLE_TOKENS}
 _ESCAPE = "\ue000"  # follows the first character of what must not be taken for a marker; a text's own is doubled
 
 
@@ -218,13 +219,19 @@ class ChatTemplate:
             turn += is_response
             for place, text in enumerate(found):
                 if text:
+                    if place % 2 and text not in markers.ids:
+                        raise ValueError(
+                            f"Chat template {self.name} writes {text}, which is no special token of the tokenizer; of the "
+                            f"templates by name, {_fitting_template(markers)!r} fits it."
+                        )
                     if place % 2 == 0:
                         texts[len(parts)] = _unescape(text)
                     parts.append(np.array([markers.ids[text] if place % 2 else 0], np.int32))
                     turn_of.append(turn if is_response and place < len(found) - 1 else 0)
         for place, ids in zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True):
             parts[place] = ids
-        if not parts or not len(parts[0]) or parts[0][0] != tokenizer.bos_id:
+        starts = bool(parts) and len(parts[0]) > 0 and parts[0][0] == tokenizer.bos_id
+        if not starts and tokenizer.bos_id is not None:
             parts, turn_of = [np.array([tokenizer.bos_id], np.int32), *parts], [0, *turn_of]
         return np.concatenate(parts), np.repeat(np.array(turn_of, np.int32), [len(part) for part in parts])
 
@@ -250,8 +257,9 @@ class ChatTemplate:
 
 
 class _Markers(NamedTuple):
-    """ids: of every marker. either: matches (and captures) one of them. start: matches the first character of one, or of
-    the beginning of one at the end of the text, where the template's text may complete it.
+    """ids: of every marker. either: matches (and captures) one of them, or a known marker that the tokenizer lacks. start:
+    matches the first character of one, or of the beginning of one at the end of the text, where the template's text may
+    complete it.
     """
 
     ids: dict[str, int]
@@ -262,13 +270,33 @@ class _Markers(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def _markers(tokenizer: Tokenizer) -> _Markers:
     special = tokenizer.special_ids
-    ids = {name: special[target] for name, target in _ALIASES.items()} | special
-    names = sorted(ids, key=len, reverse=True)
+    ids = {name: special[target] for name, target in marker_aliases(tokenizer).items()}
+    ids |= {_EOS: tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {_BOS: tokenizer.bos_id}) | special
+    names = sorted({*ids, *KNOWN_MARKERS}, key=len, reverse=True)
     starts = []
     for name in names:
         beginnings = "|".join(re.escape(name[1:stop]) for stop in range(1, len(name)))
         starts.append(rf"{re.escape(name[0])}(?={re.escape(name[1:])}|(?:{beginnings})\Z)")
     return _Markers(ids, re.compile(f"({'|'.join(map(re.escape, names))})"), re.compile("|".join(starts)))
+
+
+def marker_aliases(tokenizer: Tokenizer) -> dict[str, str]:
+    """Markers of other models' templates and the reserved tokens that stand for them; none where the tokenizer is theirs."""
+    special = tokenizer.special_ids
+    return {name: target for name, target in _ALIASES.items() if name not in special} if RESERVED[0] in special else {}
+
+
+def begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether what a template wrote begins with a marker of BOS."""
+    markers = _markers(tokenizer)
+    match = markers.either.match(text)
+    return match is not None and markers.ids.get(match.group()) == tokenizer.bos_id
+
+
+def _fitting_template(markers: _Markers) -> str:
+    """The name of a template that writes no marker that the tokenizer lacks."""
+    lacking = KNOWN_MARKERS - markers.ids.keys()
+    return [name for name, source in CHAT_TEMPLATES.items() if not any(marker in source for marker in lacking)][-1]
 
 
 def _escape(content: str, markers: _Markers) -> str:

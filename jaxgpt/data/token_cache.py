@@ -201,7 +201,7 @@ def _write(
 ) -> None:
     dtype = token_dtype(tokenizer)
     by_position = config.holdout.by == "position"
-    before = [tokenizer.bos_id] if config.add_bos and not by_position else []
+    before = [tokenizer.bos_id] if config.add_bos and not by_position and tokenizer.bos_id is not None else []
     after = [] if by_position else [tokenizer.eos_id]
     offsets = array.array("q", [0])
     num_bytes = 0

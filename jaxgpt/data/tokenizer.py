@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import sentencepiece
@@ -52,11 +52,11 @@ class Tokenizer:
 
     Text outside the vocabulary becomes byte pieces. The reserved tokens never come out of text, even of text that looks
     like them. pad_id, bos_id, eos_id: 0, 1, 2. special_ids: name -> id of all reserved tokens. vocab_size: number of ids.
-    token_bytes_V: i32, UTF-8 bytes each id stands for, 0 for reserved ones. digest: sha256 (hex) of the model file.
+    token_bytes_V: i32, UTF-8 bytes each id stands for, 0 for reserved ones. model: the model file; digest: its sha256 (hex).
     """
 
     def __init__(self, model: bytes):
-        self._model = model
+        self.model = model
         self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
@@ -81,12 +81,21 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str) -> "Tokenizer":
-        """The tokenizer of a workdir (its tokenizer.model), or of a model file; ValueError where there is none."""
+        """The tokenizer of a workdir (its tokenizer.model), or of a model file; ValueError where there is none.
+
+        A folder with a tokenizer.json instead, of an imported model, gives an HFTokenizer, which has the same interface.
+        """
+        if os.path.isfile(os.path.join(path, "tokenizer.json")) and not os.path.isfile(
+            os.path.join(path, "tokenizer.model")
+        ):
+            from jaxgpt.data.hf_tokenizer import HFTokenizer  # which knows this module
+
+            return cast("Tokenizer", HFTokenizer.from_dir(path))
         file = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else path
         if not path or not os.path.isfile(file):
             raise ValueError(
-                f"data.tokenizer={path!r} is neither a folder with a tokenizer.model nor a model file; make one with "
-                "python -m experiments.tokenizer."
+                f"data.tokenizer={path!r} is neither a folder with a tokenizer.model (or a tokenizer.json) nor a model file; "
+                "make one with python -m experiments.tokenizer."
             )
         with open(file, "rb") as handle:
             model = handle.read()
@@ -99,7 +108,7 @@ class Tokenizer:
         """Write FOLDER/tokenizer.model."""
         path = os.path.join(folder, "tokenizer.model")
         with open(f"{path}.tmp", "wb") as file:
-            file.write(self._model)
+            file.write(self.model)
         os.replace(f"{path}.tmp", path)
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> np.ndarray:

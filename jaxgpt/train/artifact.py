@@ -76,6 +76,11 @@ def load_artifact(folder: str, abstract: Params, manifest: dict | None = None) -
     )
 
 
+def weight_files(folder: str) -> list[str]:
+    """The names of a folder's files of weights, their index among them."""
+    return sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json")))
+
+
 def file_digest(path: str) -> str:
     """sha256 (hex) of a file, computed once for as long as the file is not written to."""
     status = os.stat(path)
@@ -91,7 +96,7 @@ def _digest_of(path: str, size: int, modified: int) -> str:
 
 def _check_files(folder: str, digests: dict[str, str]) -> None:
     """ValueError where a file of weights is missing, unknown, or has another sha256."""
-    present = [name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    present = weight_files(folder)
     for name in sorted({*digests, *present}):
         path = os.path.join(folder, name)
         if name not in digests:

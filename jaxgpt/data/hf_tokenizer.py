@@ -1,0 +1,142 @@
+"""Tokenizers of other models: a tokenizer.json (byte-level BPE, or sentencepiece's pieces) in place of Tokenizer."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.data.tokenizer import SPACE
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+_NAMES = ("bos_token", "eos_token", "pad_token")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HFTokenizer:
+    """A tokenizer.json with the attributes and methods of jaxgpt.data.tokenizer.Tokenizer.
+
+    It gives the ids that transformers gives, but for special tokens, which never come out of text here. bos_id: the
+    special token that it puts before a text, None where it puts none. pad_id: EOS where it has no padding token.
+    special_ids: name -> id of all special tokens. vocab_size: the largest id and one. digest: sha256 (hex) of the file and
+    of the names of the three tokens.
+
+    names: what tokenizer_config.json says of bos_token, eos_token and pad_token.
+    """
+
+    def __init__(self, source: str, names: dict[str, str | None]):
+        self.source = source
+        self.names = {name: names.get(name) for name in _NAMES}
+        library = _library()
+        try:
+            self._tokenizer: Any = library.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"The file {FILE} cannot be read: {error}.") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.special_ids = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.special_ids |= {name: self._id(role, name) for role, name in self.names.items() if name is not None}
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        first = self._tokenizer.encode("a").ids[:1]
+        self.bos_id: int | None = first[0] if first and first[0] in self.special_ids.values() else None
+        if self.names["eos_token"] is None:
+            raise ValueError(f"{CONFIG} names no eos_token, so that nothing would end a text; write its name there.")
+        self.eos_id = self.special_ids[self.names["eos_token"]]
+        pad = self.names["pad_token"]
+        self.pad_id = self.eos_id if pad is None else self.special_ids[pad]
+        self._tokenizer.encode_special_tokens = True  # as text, that is
+        sizes = dict(_token_bytes(json.loads(source), self._tokenizer))
+        special = set(self.special_ids.values())
+        self.token_bytes_V = np.array(
+            [0 if i in special else len(sizes.get(i, b"")) for i in range(self.vocab_size)], np.int32
+        )
+        self.digest = hashlib.sha256((source + json.dumps(self.names, sort_keys=True)).encode()).hexdigest()
+
+    @classmethod
+    def from_dir(cls, folder: str) -> "HFTokenizer":
+        """The tokenizer of a folder with tokenizer.json and tokenizer_config.json."""
+        texts = []
+        for name in (FILE, CONFIG):
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing.")
+            with open(path, encoding="utf-8") as file:
+                texts.append(file.read())
+        try:
+            values = json.loads(texts[1])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{os.path.join(folder, CONFIG)}, line {error.lineno}: {error.msg}.") from error
+        content = lambda token: token["content"] if isinstance(token, dict) else token
+        return cls(texts[0], {name: content(values.get(name)) for name in _NAMES})
+
+    def save(self, folder: str) -> None:
+        """Write FOLDER/tokenizer.json and FOLDER/tokenizer_config.json."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.names
+        for name, text in ((FILE, self.source), (CONFIG, json.dumps(config, indent=2) + "\n")):
+            path = os.path.join(folder, name)
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(f"{path}.tmp", path)
+
+    def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> np.ndarray:
+        """Ids of a text, i32 [n]; add_bos has no effect where there is none."""
+        before = [self.bos_id] if add_bos and self.bos_id is not None else []
+        return np.concatenate([before, self.encode_batch([text])[0], [self.eos_id] * add_eos]).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, i32 [n], on all cores."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens stand for nothing, what is no UTF-8 for U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def piece(self, i: int) -> str:
+        """What an id looks like, for tables."""
+        return self._tokenizer.id_to_token(i) or ""
+
+    def _id(self, role: str, name: str) -> int:
+        found = self._tokenizer.token_to_id(name)
+        if found is None:
+            raise ValueError(f"{CONFIG}: {role}={name!r} is no token of {FILE}.")
+        return found
+
+
+def _token_bytes(spec: dict, tokenizer: Any) -> Iterator[tuple[int, bytes]]:
+    """(id, the UTF-8 bytes it stands for) of every token; ValueError for a kind of pieces that is not known."""
+    decoder = spec.get("decoder") or {}
+    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
+    added = {token["content"] for token in spec.get("added_tokens", ())}
+    of_character = _byte_of_character()
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        raise ValueError(
+            f"{FILE}: pieces with the decoder {decoder.get('type')} are neither bytes nor sentencepiece's."
+        )
+    for piece, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        if piece in added:
+            yield i, piece.encode()
+        elif "ByteLevel" in kinds:
+            yield i, bytes(of_character.get(character, 0) for character in piece)
+        elif match := _BYTE.fullmatch(piece):
+            yield i, bytes([int(match[1], 16)])
+        else:
+            yield i, piece.replace(SPACE, " ").encode()
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The characters by which GPT-2 writes bytes: those that can be printed stand for themselves, others follow U+0100."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printed]
+    return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError("A tokenizer.json needs the package tokenizers: pip install 'jaxgpt[hf]'.") from error
+    return tokenizers
