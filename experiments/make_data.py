@@ -37,7 +37,7 @@ class Config:
     max_bytes: int = 6_000_000
     max_records: int = 0
     largest: int = 99
-    num_demonstrations: int = 1200
+    num_demonstrations: int = 1100
 
 
 def main(config: Config, workdir: str) -> None:
