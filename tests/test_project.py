@@ -10,9 +10,11 @@ import pytest
 from configs import benchmark, evaluate, finalize, pretrain
 from experiments import cli, dpo, export_hf, import_hf, reward, sft
 from experiments.benchmark import BenchmarkConfig
+from experiments.chat import ChatConfig
 from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
 from experiments.make_data import Config as MakeData
+from experiments.serve import ServeConfig
 from experiments.tokenizer import Config as TokenizerStage
 from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.pipeline.graph import PipelineConfig
@@ -24,6 +26,8 @@ STAGES = {
     "pretrain": PretrainConfig,
     "tokenizer": TokenizerStage,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
     "benchmark": BenchmarkConfig,
     "sft": sft.Config,
     "reward": reward.Config,
@@ -42,7 +46,8 @@ PRESETS = [
     *(("pretrain", name) for name in pretrain._PRESETS), ("tokenizer", ""), ("tokenizer", "char"),
     ("tokenizer", "quickstart"), ("benchmark", "cpu_14m"), ("benchmark", "gpt2_124m"), ("benchmark", "llama3_1b"),
     ("benchmark", "rl"),
-    ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("sft", "full"), ("sft", "lora"),
+    ("generate", ""), ("generate", "greedy"), ("generate", "nucleus"), ("chat", "sample"), ("chat", "greedy"), ("serve", ""),
+    ("sft", "full"), ("sft", "lora"),
     ("sft", "quickstart"), ("reward", "full"), ("reward", "lora"), ("reward", "quickstart"), ("dpo", "full"),
     ("dpo", "lora"), ("ppo", "full"), ("ppo", "lora"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("grpo", "dapo"),
     ("grpo", "rloo"), ("grpo", "reinforce"), ("grpo", "best_of_n"), *(("evaluate", name) for name in evaluate._TASKS),

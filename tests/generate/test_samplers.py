@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxgpt.generate.samplers import SamplerConfig, sample, warp_logits
+from jaxgpt.generate.samplers import (
+    RowSamplers,
+    SamplerConfig,
+    sample,
+    sample_by_row,
+    warp_logits,
+    warp_logits_by_row,
+)
 
 B, V = 3, 12
 CONFIGS = [
@@ -27,6 +34,7 @@ CONFIGS = [
     SamplerConfig(temperature=2.0, top_k=50, top_p=0.5, repetition_penalty=0.5),
 ]
 warp = jax.jit(warp_logits, static_argnums=2)
+warp_by_row = jax.jit(warp_logits_by_row)
 draw = jax.jit(sample, static_argnums=3)
 
 
@@ -67,11 +75,40 @@ def test_warped_logits_equal_a_float64_full_sort(logits, seen, config):
     warped = np.asarray(warp(logits, seen, config))
     assert warped.dtype == np.float32
     for row in range(B):
-        expected, boundary = reference_row(logits[row], seen[row], config)
-        sure = np.delete(np.arange(V), boundary)
-        np.testing.assert_array_equal(np.isfinite(warped[row][sure]), np.isfinite(expected[sure]))
-        kept = sure[np.isfinite(expected[sure])]
-        np.testing.assert_allclose(warped[row][kept], expected[kept], rtol=1e-6)
+        check_row(warped[row], logits[row], seen[row], config)
+
+
+def check_row(warped, logits, seen, config):
+    expected, boundary = reference_row(logits, seen, config)
+    sure = np.delete(np.arange(V), boundary)
+    np.testing.assert_array_equal(np.isfinite(warped[sure]), np.isfinite(expected[sure]))
+    kept = sure[np.isfinite(expected[sure])]
+    np.testing.assert_allclose(warped[kept], expected[kept], rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOGITS, SEEN, st.lists(st.sampled_from(CONFIGS), min_size=B, max_size=B))
+def test_rows_with_samplers_of_their_own_equal_a_float64_full_sort(logits, seen, configs):
+    warped = np.asarray(warp_by_row(-logits, seen, RowSamplers.stack(configs)))  # a zero becomes a negative one
+    assert warped.dtype == np.float32
+    for row in range(B):
+        check_row(warped[row], -logits[row], seen[row], configs[row])
+
+
+def test_the_kth_largest_of_ties_between_both_zeros_keeps_them_all():
+    logits = np.array([[0.0, -0.0, 1.0, -1.0, -0.0, 0.0]], np.float32)
+    warped = warp_by_row(logits, np.zeros((1, 6), bool), RowSamplers.stack([SamplerConfig(top_k=2)]))
+    np.testing.assert_array_equal(np.isfinite(warped[0]), [True, True, True, False, True, True])
+
+
+def test_with_the_same_keys_rows_draw_what_they_draw_with_one_sampler_for_all():
+    rng = np.random.default_rng(3)
+    logits, seen = rng.normal(size=(len(CONFIGS), V)).astype(np.float32) * 2, rng.random((len(CONFIGS), V)) < 0.3
+    for seed in range(3):
+        key_B = jax.random.split(jax.random.key(seed), len(CONFIGS))
+        together = jax.jit(sample_by_row)(key_B, logits, seen, RowSamplers.stack(CONFIGS))
+        alone = [draw(key_B[i : i + 1], logits[i : i + 1], seen[i : i + 1], c)[0][0] for i, c in enumerate(CONFIGS)]
+        assert together.tolist() == [int(token) for token in alone]
 
 
 @settings(max_examples=60, deadline=None)
