@@ -1,10 +1,10 @@
-"""Reinforcement learning from an exact verifier, from nothing: few demonstrations of sums, then rewards for right answers.
+"""Reinforcement learning from an exact verifier, from nothing: careless demonstrations of sums, then rewards for right ones.
 
     python -m experiments.pipeline --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-A model of 0.5M parameters learns from 1100 of the 10,000 sums of two numbers below 100, and is then rewarded for right
-answers to 9000 of them; the others are held out from all stages. eval/scores of the stages grpo and ppo is its accuracy on
-held-out sums, sampled at temperature 1.
+A model of 0.5M parameters learns sums of two numbers below 100 from someone who forgets six carries of ten, and so does it.
+It is then rewarded for right answers. A tenth of the sums is held out from all stages; eval/scores of the stages grpo and
+ppo is the accuracy on them, sampled at temperature 1, and the stages accuracy_* have it for greedy answers.
 """
 
 from ml_collections import ConfigDict
@@ -17,12 +17,25 @@ _RL = {
     "rollout": {"batch_size": 256, "max_prompt_length": 12, "max_new_tokens": 5},
     "ppo": {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.0},
     "num_eval_prompts": 512,
-    "num_train_steps": 400,
+    "num_train_steps": 300,
     "log_interval_steps": 5,
     "eval_interval_steps": 100,
     "checkpoint": {"save_interval_steps": 100},
 }
 _EXPECT = ("first.eval/scores < 0.6", "final_metrics.eval/scores > 0.9")
+
+
+_GREEDY = {"sft": "< 0.6", "grpo": "> 0.9", "ppo": "> 0.9"}
+
+
+def _accuracy(stage: str, expected: str) -> dict:
+    task = {"kind": "generation", "path": "@data/eval.jsonl", "max_new_tokens": 5}
+    return {
+        "command": "evaluate",
+        "title": f"Accuracy of greedy answers on held-out sums, after {stage}",
+        "fields": {"init_from": f"@{stage}", "batch_size": 256, "tasks": {"sums": task}},
+        "expect": (f"final_metrics.sums/exact_match {expected}",),
+    }
 
 
 def get_config() -> ConfigDict:
@@ -45,7 +58,7 @@ def get_config() -> ConfigDict:
                 },
                 "optimizer": {"name": "muon", "learning_rate": 6e-3},
                 "batch_size": 32,
-                "num_train_steps": 300,
+                "num_train_steps": 400,
             },
         },
         "sft": {
@@ -67,7 +80,7 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "rollout": {**_RL["rollout"], "num_samples_per_prompt": 8},
-                "optimizer": {"learning_rate": 3e-4, "warmup_steps": 50},
+                "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
             },
             "expect": _EXPECT,
         },
@@ -77,10 +90,12 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "critic_init": "policy",
-                "optimizer": {"learning_rate": 3e-4, "warmup_steps": 50},
+                "num_train_steps": 200,
+                "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
                 "critic_optimizer": {"learning_rate": 1e-3, "warmup_steps": 20},
             },
             "expect": _EXPECT,
         },
+        **{f"accuracy_{name}": _accuracy(name, expected) for name, expected in _GREEDY.items()},
     }  # fmt: skip
     return ConfigDict({"stages": stages})

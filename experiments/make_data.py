@@ -28,7 +28,7 @@ class Config:
       (jaxgpt/data/stdlib_tasks.py); or `arithmetic`, sums (jaxgpt/data/arithmetic.py).
     heldout_fraction: of packages, or of sums, that are in no file to train on.
     max_bytes, max_records: of the corpus, and of each file of tasks; 0 is all there are.
-    largest, num_demonstrations: the largest number to add, and sums that are shown with their answers.
+    largest, forget_carry: the largest number to add, and how often demonstrations forget a carry.
     """
 
     kind: Literal["stdlib", "arithmetic"] = "stdlib"
@@ -37,7 +37,7 @@ class Config:
     max_bytes: int = 6_000_000
     max_records: int = 0
     largest: int = 99
-    num_demonstrations: int = 1100
+    forget_carry: float = 0.6
 
 
 def main(config: Config, workdir: str) -> None:
@@ -57,7 +57,7 @@ def main(config: Config, workdir: str) -> None:
             ))  # fmt: skip
         else:
             print(write_arithmetic(
-                workdir, largest=config.largest, num_demonstrations=config.num_demonstrations,
+                workdir, largest=config.largest, forget_carry=config.forget_carry,
                 heldout_fraction=config.heldout_fraction, seed=config.seed,
             ))  # fmt: skip
         files = sorted(name for name in os.listdir(workdir) if name.endswith(".jsonl"))

@@ -1,4 +1,4 @@
-"""Sums with exact answers: texts to learn from, demonstrations, and prompts for a verifier."""
+"""Sums: demonstrations by someone careless, and prompts whose answers a verifier knows."""
 
 import json
 import os
@@ -6,31 +6,32 @@ import random
 
 
 def write_arithmetic(
-    folder: str, *, largest: int, num_demonstrations: int, heldout_fraction: float, seed: int
+    folder: str, *, largest: int, forget_carry: float, heldout_fraction: float, seed: int
 ) -> dict[str, int]:
     """Write all sums of two numbers from 0 to `largest`, in a random order, as four files; returns their sizes in records.
 
     corpus.jsonl: {"text"} of demonstrated sums, "27+58=85". sft_train.jsonl: the same as {"prompt": "27+58=", "response":
-    "85"}. rl_train.jsonl: {"prompt", "answer"} of every sum that is not held out. eval.jsonl: {"prompt", "response",
-    "answer", "text"} of held-out ones, which no other file has.
+    "85"}. rl_train.jsonl: {"prompt", "answer"} of the same sums, right. eval.jsonl: {"prompt", "response", "answer", "text"}
+    of held-out ones, right, which no other file has.
+
+    forget_carry: the probability that a demonstration forgets a carry; each of a sum may be forgotten: 27+58=75.
     """
+    rng = random.Random(seed)
     pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
-    random.Random(seed).shuffle(pairs)
+    rng.shuffle(pairs)
     held_out = round(heldout_fraction * len(pairs))
-    if not 0 < held_out < len(pairs) or not 0 < num_demonstrations <= len(pairs) - held_out:
-        raise ValueError(
-            f"Of {len(pairs)} sums up to {largest}+{largest}, {held_out} are held out; num_demonstrations="
-            f"{num_demonstrations} must be between 1 and the {len(pairs) - held_out} that are left."
-        )
-    sums = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a, b in pairs]
-    train = sums[held_out:]
-    demonstrations = train[:num_demonstrations]
+    if not 0 < held_out < len(pairs):
+        raise ValueError(f"heldout_fraction={heldout_fraction} of {len(pairs)} sums leaves one side without any.")
+    if not 0 <= forget_carry <= 1:
+        raise ValueError(f"forget_carry must be a probability, not {forget_carry}.")
+    train = [(f"{a}+{b}=", str(careless_sum(a, b, forget_carry, rng)), str(a + b)) for a, b in pairs[held_out:]]
     files = {
-        "corpus": [{"text": row["prompt"] + row["response"]} for row in demonstrations],
-        "sft_train": demonstrations,
-        "rl_train": [{"prompt": row["prompt"], "answer": row["response"]} for row in train],
+        "corpus": [{"text": prompt + shown} for prompt, shown, _ in train],
+        "sft_train": [{"prompt": prompt, "response": shown} for prompt, shown, _ in train],
+        "rl_train": [{"prompt": prompt, "answer": right} for prompt, _, right in train],
         "eval": [
-            {**row, "answer": row["response"], "text": row["prompt"] + row["response"]} for row in sums[:held_out]
+            {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b), "text": f"{a}+{b}={a + b}"}
+            for a, b in pairs[:held_out]
         ],
     }
     os.makedirs(folder, exist_ok=True)
@@ -38,3 +39,14 @@ def write_arithmetic(
         with open(os.path.join(folder, f"{name}.jsonl"), "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return {name: len(rows) for name, rows in files.items()}
+
+
+def careless_sum(a: int, b: int, forget_carry: float, rng: random.Random) -> int:
+    """The sum of two numbers as added column by column, each carry forgotten with this probability."""
+    total, carry, unit = 0, 0, 1
+    while a or b or carry:
+        column = a % 10 + b % 10 + carry
+        total += column % 10 * unit
+        carry = int(column >= 10 and rng.random() >= forget_carry)
+        a, b, unit = a // 10, b // 10, unit * 10
+    return total

@@ -20,7 +20,7 @@ def get_config():
     text = {"train": "@data/corpus.jsonl", "holdout": {"fraction": 0.1}}
     stages = {
         "data": {"command": "make_data", "config": "configs/make_data.py:arithmetic",
-                 "fields": {"largest": 19, "num_demonstrations": 200}},
+                 "fields": {"largest": 19, "heldout_fraction": 0.5}},
         "tokenizer": {"command": "tokenizer", "config": "configs/tokenizer.py:char", "fields": {"data": text}},
         "pretrain": {
             "command": "pretrain", "fields": {
@@ -111,8 +111,8 @@ def test_what_is_expected_and_does_not_hold_is_exit_code_1(config, root):
 
 
 def test_a_mistake_in_a_stage_ends_the_pipeline_with_its_sentence_and_code(config, tmp_path):
-    flags = ["--config.stages.data.fields.num_demonstrations=100000", f"--workdir={tmp_path / 'run'}"]
+    flags = ["--config.stages.data.fields.forget_carry=2", f"--workdir={tmp_path / 'run'}"]
     done = command("pipeline", f"--config={config}", *flags)
     assert done.returncode == 2
-    assert "num_demonstrations=100000" in done.stderr
+    assert "forget_carry=2" in done.stderr
     assert "the stage data ended with exit code 2" in done.stderr
