@@ -2,9 +2,10 @@
 
     python -m experiments.pipeline --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-A model of 0.5M parameters learns sums of two numbers below 100 from someone who forgets six carries of ten, and so does it.
-It is then rewarded for right answers. A tenth of the sums is held out from all stages; eval/scores of the stages grpo and
-ppo is the accuracy on them, sampled at temperature 1, and the stages accuracy_* have it for greedy answers.
+A model of 0.5M parameters reads sums of two numbers below 100. It is then shown how to answer by someone who forgets six
+carries of ten, and does so, too, until it is rewarded for right answers. A tenth of the sums is held out from all stages;
+eval/scores of the stages grpo and ppo is the accuracy on them, sampled at temperature 1, and the stages accuracy_* have it
+for greedy answers.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ _RL = {
     "rollout": {"batch_size": 256, "max_prompt_length": 12, "max_new_tokens": 5},
     "ppo": {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.0},
     "num_eval_prompts": 512,
-    "num_train_steps": 300,
+    "num_train_steps": 400,
     "log_interval_steps": 5,
     "eval_interval_steps": 100,
     "checkpoint": {"save_interval_steps": 100},
@@ -58,12 +59,12 @@ def get_config() -> ConfigDict:
                 },
                 "optimizer": {"name": "muon", "learning_rate": 6e-3},
                 "batch_size": 32,
-                "num_train_steps": 400,
+                "num_train_steps": 500,
             },
         },
         "sft": {
             "command": "sft",
-            "title": "Supervised fine-tuning on the same sums as questions and answers",
+            "title": "Supervised fine-tuning on demonstrations that forget carries",
             "fields": {
                 "init_from": "@pretrain",
                 "data": {"train": "@data/sft_train.jsonl", "eval": "@data/eval.jsonl", "sequence_length": 64},
@@ -90,7 +91,7 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "critic_init": "policy",
-                "num_train_steps": 200,
+                "num_train_steps": 250,
                 "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
                 "critic_optimizer": {"learning_rate": 1e-3, "warmup_steps": 20},
             },

@@ -6,7 +6,7 @@ Presets:
 
   stdlib       6 MB of docstrings, language reference and source of this Python's library, and questions about it. The
                default.
-  arithmetic   sums of two numbers below 100, demonstrated by someone who forgets carries.
+  arithmetic   sums of two numbers below 100, and demonstrations by someone who forgets carries.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Sums: demonstrations by someone careless, and prompts whose answers a verifier knows."""
+"""Sums: a textbook, demonstrations by someone careless, and prompts whose answers a verifier knows."""
 
 import json
 import os
@@ -10,11 +10,11 @@ def write_arithmetic(
 ) -> dict[str, int]:
     """Write all sums of two numbers from 0 to `largest`, in a random order, as four files; returns their sizes in records.
 
-    corpus.jsonl: {"text"} of demonstrated sums, "27+58=85". sft_train.jsonl: the same as {"prompt": "27+58=", "response":
-    "85"}. rl_train.jsonl: {"prompt", "answer"} of the same sums, right. eval.jsonl: {"prompt", "response", "answer", "text"}
-    of held-out ones, right, which no other file has.
+    corpus.jsonl: {"text"}, "27+58=85". sft_train.jsonl: the same sums as demonstrations, {"prompt": "27+58=", "response":
+    "75"}. rl_train.jsonl: the same as {"prompt", "answer"}. eval.jsonl: {"prompt", "response", "answer", "text"} of held-out
+    ones, which no other file has. All are right but for the demonstrations.
 
-    forget_carry: the probability that a demonstration forgets a carry; each of a sum may be forgotten: 27+58=75.
+    forget_carry: the probability that a demonstration forgets a carry; each of a sum may be forgotten.
     """
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
@@ -26,7 +26,7 @@ def write_arithmetic(
         raise ValueError(f"forget_carry must be a probability, not {forget_carry}.")
     train = [(f"{a}+{b}=", str(careless_sum(a, b, forget_carry, rng)), str(a + b)) for a, b in pairs[held_out:]]
     files = {
-        "corpus": [{"text": prompt + shown} for prompt, shown, _ in train],
+        "corpus": [{"text": prompt + right} for prompt, _, right in train],
         "sft_train": [{"prompt": prompt, "response": shown} for prompt, shown, _ in train],
         "rl_train": [{"prompt": prompt, "answer": right} for prompt, _, right in train],
         "eval": [

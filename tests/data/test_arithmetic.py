@@ -20,7 +20,7 @@ def test_files_hold_every_sum_once_and_right_answers_where_a_verifier_looks(tmp_
     for row in train + held_out:
         assert str(eval(row["prompt"].rstrip("="))) == row["answer"]
     assert [row["prompt"] for row in shown] == [row["prompt"] for row in train]
-    assert [row["text"] for row in read(tmp_path, "corpus")] == [row["prompt"] + row["response"] for row in shown]
+    assert [row["text"] for row in read(tmp_path, "corpus")] == [row["prompt"] + row["answer"] for row in train]
     wrong = [row for row, right in zip(shown, train, strict=True) if row["response"] != right["answer"]]
     carries = [row for row in shown if sum(int(n) % 10 for n in row["prompt"][:-1].split("+")) >= 10]
     assert 0.35 < len(wrong) / len(carries) < 0.65
