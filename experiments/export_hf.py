@@ -40,20 +40,20 @@ def main(config: Config, workdir: str) -> None:
         dtype=config.dtype,
         parents={"init_from": {"path": os.path.abspath(run.workdir), "digest": run.digest()}},
     )
-    with workdirs.lock(workdir):
-        done = workdirs.read_manifest(workdir)
-        if done is not None:
-            if (done["stage"], done.get("parents"), done.get("dtype")) != ("export", manifest["parents"], config.dtype):
-                raise ValueError(f"--workdir={workdir} holds another model; use another folder for this one.")
-            print(f"{workdir} is finished: {config.init_from} as {read_config(workdir)['architectures'][0]}.")
-            return
+    done = workdirs.read_manifest(workdir)
+    if done is not None:
+        if (done["stage"], done.get("parents"), done.get("dtype")) != ("export", manifest["parents"], config.dtype):
+            raise ValueError(f"--workdir={workdir} holds another model; use another folder for this one.")
+        print(f"{workdir} is finished: {config.init_from} as {read_config(workdir)['architectures'][0]}.")
+        return
+    with workdirs.new_folder(workdir) as folder:
         model, params = load_plain(run, partition.make_mesh(config.mesh))
         export_checkpoint(
-            model, params, run.tokenizer, run.template, workdir, config.dtype,
+            model, params, run.tokenizer, run.template, folder, config.dtype,
             reward_shift=source.get("reward_shift", 0.0),
             notes={"jaxgpt": {"digest": run.digest(), "stage": source["stage"]}},
         )  # fmt: skip
-        workdirs.write_manifest(workdir, manifest)
+        workdirs.write_manifest(folder, manifest)
     print(f"{workdir}: {config.init_from} as {read_config(workdir)['architectures'][0]}.")
 
 

@@ -33,16 +33,15 @@ def main(config: Config, workdir: str) -> None:
         raise ValueError("source is required: --config.source=DIR, the folder of a checkpoint of transformers.")
     if jax.process_count() > 1:
         raise ValueError("An import runs in one process; start it without a launcher.")
-    with workdirs.lock(workdir):
-        manifest = workdirs.read_manifest(workdir)
-        source = os.path.abspath(config.source)
-        if manifest is None:
-            manifest = import_checkpoint(source, workdir, config.dtype)
-            print(f"{workdir}: a {manifest['family']} model from {source}.")
-            return
-        if manifest["stage"] != "import" or (manifest["source"], manifest["dtype"]) != (source, config.dtype):
-            raise ValueError(f"--workdir={workdir} holds something else; use another folder for {source}.")
-        print(f"{workdir} is finished: a {manifest['family']} model from {source}.")
+    manifest, source = workdirs.read_manifest(workdir), os.path.abspath(config.source)
+    if manifest is None:
+        with workdirs.new_folder(workdir) as folder:
+            manifest = import_checkpoint(source, folder, config.dtype)
+        print(f"{workdir}: a {manifest['family']} model from {source}.")
+        return
+    if manifest["stage"] != "import" or (manifest["source"], manifest["dtype"]) != (source, config.dtype):
+        raise ValueError(f"--workdir={workdir} holds something else; use another folder for {source}.")
+    print(f"{workdir} is finished: a {manifest['family']} model from {source}.")
 
 
 if __name__ == "__main__":

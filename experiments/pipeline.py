@@ -9,19 +9,14 @@ runs again what has changed with everything built on it; what is replaced is mov
 WORKDIR/report.html, and with exit code 1 where a stage has not done what its config expects.
 """
 
-import ctypes
 import itertools
 import json
 import os
-import shlex
-import signal
-import subprocess
-import sys
-from typing import NoReturn
 
 import jax
 
 from experiments import cli
+from experiments.stages import fail, start, start_stage, wait
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, failed_expectations, key, substitute
 from jaxgpt.reporting.pipeline_report import Lineage, write_pipeline_report
 from jaxgpt.train import workdir as workdirs
@@ -73,24 +68,11 @@ def put_aside(root: str, name: str, *, is_other: bool) -> None:
 
 def run_stage(name: str, stage: StageConfig, folders: dict[str, str]) -> dict:
     """Run a stage's command and return its manifest; its failure ends the pipeline with its exit code."""
-    arguments = [f"--workdir={folders[name]}", *stage.flags(folders)]
-    print(f"\n== {stage.title or name}\n$ python -m experiments.{stage.command} {shlex.join(arguments)}", flush=True)
-    code = call(stage.command, *arguments)
+    code = wait(start_stage(stage, stage.title or name, folders[name], folders))
     manifest = workdirs.read_manifest(folders[name])
     if code or manifest is None:
         fail(f"the stage {name} ended with exit code {code}{'' if manifest else ', unfinished'}.", code or 1)
     return manifest
-
-
-def call(command: str, *arguments: str) -> int:
-    """The exit code of a command, which hears of SIGTERM and does not outlive this process."""
-    die_with_parent = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL) if sys.platform == "linux" else None
-    child = subprocess.Popen([sys.executable, "-m", f"experiments.{command}", *arguments], preexec_fn=die_with_parent)
-    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        return child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def judge(name: str, stage: StageConfig, folder: str, manifest: dict) -> None:
@@ -113,22 +95,16 @@ def compare(config: PipelineConfig, folders: dict[str, str], digests: dict[str, 
         workdirs.write_atomic(prompts, "".join(itertools.islice(file, config.compare.num_prompts)))
     for name in stages:
         output = os.path.join(root, f"{name}-{digests[name][:12]}.jsonl")
-        code = 0 if os.path.exists(output) else call(
+        code = 0 if os.path.exists(output) else wait(start(
             "generate", "--config=configs/generate.py:greedy", f"--config.init_from={folders[name]}",
             f"--config.prompts_file={prompts}", f"--config.output={output}",
             f"--config.max_new_tokens={config.compare.max_new_tokens}",
-        )  # fmt: skip
+        ))  # fmt: skip
         if code:
             fail(f"the model of {name} could not answer {prompts}.", code)
         with open(output, encoding="utf-8") as file:
             samples[name] = [json.loads(line) for line in file]
     return samples
-
-
-def fail(sentence: str, code: int) -> NoReturn:
-    """Say what went wrong, and exit."""
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

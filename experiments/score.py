@@ -20,6 +20,8 @@ def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:
         raise ValueError(f"--workdir={workdir} is not a finished reward model, which score needs.")
     mesh = partition.make_mesh(config.mesh)
     model = load_model(workdir, mesh)
+    if model.template is None:
+        raise ValueError(f"--workdir={workdir} has no chat template, by which score would read prompts and responses.")
     sequences, records = [], []
     for file in sources.resolve_paths(path, "score"):
         for record in sources.read_records(file):

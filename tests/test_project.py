@@ -18,6 +18,7 @@ from experiments.serve import ServeConfig
 from experiments.tokenizer import Config as TokenizerStage
 from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.pipeline.graph import PipelineConfig
+from jaxgpt.pipeline.sweep import SweepConfig
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.train.config import PretrainConfig
 
@@ -39,6 +40,7 @@ STAGES = {
     "make_data": MakeData,
     "pipeline": PipelineConfig,
     "arithmetic": PipelineConfig,
+    "sweep": SweepConfig,
     "import_hf": import_hf.Config,
     "export_hf": export_hf.Config,
 }
@@ -53,7 +55,7 @@ PRESETS = [
     ("grpo", "rloo"), ("grpo", "reinforce"), ("grpo", "best_of_n"), *(("evaluate", name) for name in evaluate._TASKS),
     *(("finalize", name) for name in finalize._PRESETS), ("make_data", "stdlib"), ("make_data", "arithmetic"),
     ("pipeline", "quickstart"), ("arithmetic", ""), ("ppo", "quickstart"),
-    ("import_hf", ""), ("export_hf", ""),
+    ("import_hf", ""), ("export_hf", ""), ("sweep", "grpo"), ("sweep", "pretrain"),
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from jaxgpt.finalize.lineage import lineage
 from jaxgpt.finalize.proof import answers, check_reload
 from jaxgpt.generate.text import stop_ids
 from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import check_identity, file_digest, load_artifact
+from jaxgpt.train.artifact import file_digest, load_artifact
 from jaxgpt.train.load import Run, abstract_params, load_plain, parent_of, read_run, without_adapters
 from jaxgpt.types import Params
 from jaxgpt.weights import INDEX, write_weights
@@ -32,14 +31,12 @@ _FREE_FIELDS = ("model", "finalize.mesh", "finalize.max_loss_increase")
 
 
 def finished(config: FinalizeConfig, workdir: str) -> dict | None:
-    """The manifest of an artifact that is there already, None where nothing is.
+    """The manifest of an artifact that is there already, None without one.
 
-    Raises ValueError where the folder holds something else, or the artifact of another config or another source.
+    Raises ValueError where the folder holds a run, or the artifact of another config or another source.
     """
     manifest = workdirs.read_manifest(workdir)
     if manifest is None:
-        if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
-            raise ValueError(f"--workdir={workdir} is not empty, and not an artifact; use another folder.")
         return None
     if manifest["stage"] != "finalize":
         raise ValueError(f"--workdir={workdir} holds a run of {manifest['stage']}; use another folder.")
@@ -59,25 +56,15 @@ def publish(config: FinalizeConfig, workdir: str, card: Callable[[dict, dict], s
 
     card: (manifest, config) -> the model card. All is written to a folder beside it, which becomes `workdir` at the end.
 
-    Raises ValueError where the source, its tokenizer, template or parents are not what manifests name, where the loss rises
-    too much, or where what is read back is not what was written.
+    Raises ValueError where the folder is not new, where the source, its tokenizer, template or parents are not what
+    manifests name, where the loss rises too much, or where what is read back is not what was written.
     """
     if jax.process_count() > 1:
         raise ValueError("experiments.finalize runs in one process; start it without a launcher.")
     mesh = partition.make_mesh(config.mesh)
     run = read_run(config.init_from)
-    check_identity(run.workdir, run.manifest(), run.config)
-    partial = f"{os.path.abspath(workdir)}.partial"
-    with workdirs.lock(partial):
-        try:
-            _clear(partial)
-            manifest = _make(config, run, partial, mesh, card)
-            os.remove(os.path.join(partial, ".lock"))
-            os.replace(partial, workdir)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return manifest
+    with workdirs.new_folder(workdir) as partial:
+        return _make(config, run, partial, mesh, card)
 
 
 def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Callable[[dict, dict], str]) -> dict:
@@ -188,10 +175,3 @@ def _generation(config: FinalizeConfig, run: Run) -> dict[str, Any]:
     stop = run.template.stop_ids(tokenizer) if run.template is not None else stop_ids(tokenizer)
     ids = {"stop_ids": list(stop), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     return to_dict(config.generation.sampler) | {"max_new_tokens": config.generation.max_new_tokens} | ids
-
-
-def _clear(folder: str) -> None:
-    """Remove what a killed run left; its lock is held."""
-    for entry in os.scandir(folder):
-        if entry.name != ".lock":
-            shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)

@@ -172,15 +172,19 @@ def _judge(stage: StageConfig, content: Mapping[str, Any]) -> Iterator[tuple[str
     for text in stage.expect:
         match = _COMPARISON.fullmatch(text)
         assert match is not None  # as __post_init__ has seen
-        yield text, _number(content, match["left"]), float(match["factor"] or 1) * _number(content, match["right"])
+        yield text, number(content, match["left"]), float(match["factor"] or 1) * number(content, match["right"])
 
 
 def _holds(text: str, left: float, right: float) -> bool:
     return left < right if " < " in text else left > right
 
 
-def _number(content: Mapping[str, Any], path: str) -> float:
-    """A number, or what a path leads to; ValueError naming the nearest name where it leads nowhere."""
+def number(content: Mapping[str, Any], path: str, field: str = "expect") -> float:
+    """A number, or the one that a path leads to.
+
+    Raises:
+      ValueError: naming the config's field and the nearest name, where it leads nowhere or to something else.
+    """
     try:
         return float(path)
     except ValueError:
@@ -191,7 +195,9 @@ def _number(content: Mapping[str, Any], path: str) -> float:
             known = list(value) if isinstance(value, Mapping) else []
             nearest = difflib.get_close_matches(part, known, n=1, cutoff=0.0)
             raise ValueError(
-                f"expect: the manifest has no {path}" + (f"; the nearest is {nearest[0]!r}." if nearest else ".")
+                f"{field}: the manifest has no {path}" + (f"; the nearest is {nearest[0]!r}." if nearest else ".")
             )
         value = value[part]
+    if not isinstance(value, int | float):
+        raise ValueError(f"{field}: {path} of the manifest is not a number.")
     return float(value)

@@ -86,6 +86,11 @@ def _read(workdir: str, field: str, start: Start) -> RewardModel:
     if "reward_shift" not in manifest:
         raise ValueError(f"{field}: {workdir} is a run of {manifest['stage']}, not a reward model.")
     parent = parent_of(run, start.tokenizer, start.template)
+    if run.config.vocab_size < start.model.vocab_size:
+        raise ValueError(
+            f"{field}: {workdir} has model.vocab_size={run.config.vocab_size}, but the policy may write any of "
+            f"{start.model.vocab_size} ids."
+        )
     return RewardModel(run, parent, without_adapters(run.config), manifest["reward_shift"], shares_base=False)
 
 

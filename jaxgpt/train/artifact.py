@@ -30,9 +30,10 @@ def is_artifact(folder: str) -> bool:
     return has_weights and not os.path.isdir(os.path.join(folder, "checkpoints"))
 
 
-def check_identity(folder: str, manifest: dict, model: ModelConfig) -> None:
+def check_identity(
+    folder: str, manifest: dict, model: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> None:
     """ValueError where tokenizer, chat template or vocabulary of a folder are not those that its manifest names."""
-    tokenizer, template = Tokenizer.from_dir(folder), ChatTemplate.from_dir(folder)
     pairs = [
         ("tokenizer", manifest.get("tokenizer_digest"), tokenizer.digest),
         ("chat template", manifest.get("chat_template_digest"), template.digest if template is not None else None),

@@ -19,7 +19,7 @@ from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.artifact import check_identity, is_artifact, load_artifact
 from jaxgpt.train.checkpoint import restore_params
-from jaxgpt.train.workdir import manifest_digest, read_manifest
+from jaxgpt.train.workdir import manifest_digest, read_json, read_manifest
 from jaxgpt.types import Params
 
 
@@ -70,20 +70,21 @@ class LoadedModel:
 
 
 def read_run(workdir: str, field: str = "init_from") -> Run:
-    """The run of a workdir, finished or not, or an artifact; ValueError naming what is missing or does not agree."""
-    path = os.path.join(workdir, "config.json")
-    if not os.path.isfile(path):
+    """The run of a workdir, finished or not, or an artifact; ValueError naming what is missing or does not agree.
+
+    Tokenizer, template and vocabulary of what is finished are those that its manifest names.
+    """
+    values = read_json(os.path.join(workdir, "config.json"))
+    if values is None:
         raise ValueError(f"{field}: {workdir} is not the workdir of a training run: it has no config.json.")
-    with open(path) as file:
-        values = json.load(file)
     if "model" not in values:
         raise ValueError(
             f"{field}: {workdir} holds no model of this project: its config.json has no section model; point to a training "
             "run's workdir or an artifact."
         )
     run = Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
-    if is_artifact(workdir):
-        check_identity(workdir, run.manifest(), run.config)
+    if is_artifact(workdir) or read_manifest(workdir) is not None:
+        check_identity(workdir, run.manifest(), run.config, run.tokenizer, run.template)
     return run
 
 
@@ -122,8 +123,12 @@ def load_adapters(run: Run, mesh: Mesh, *, step: int | None = None, ema: bool = 
 
 
 def adapter_base(run: Run) -> Run:
-    """The run whose model a run's adapters stand on; ValueError where it is no longer the one they were trained on."""
-    base = read_run(run.base)
+    """The run whose model a run's adapters stand on; ValueError where it is gone, or not the one they were trained on."""
+    if not os.path.isdir(run.base):
+        raise ValueError(
+            f"{run.field}: the adapters in {run.workdir} stand on the model in {run.base}, which is missing."
+        )
+    base = read_run(run.base, run.field)
     stored = _named_base(run.workdir)
     if stored is not None and stored != base.digest():
         raise ValueError(

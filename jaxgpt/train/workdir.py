@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +22,13 @@ from jax.experimental import multihost_utils
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
+class InUseError(ValueError):
+    """Another run holds the workdir."""
+
+
 @contextlib.contextmanager
-def lock(workdir: str) -> Iterator[None]:
-    """Hold `workdir` (made if need be) for one run; ValueError naming the holder if another run has it.
+def lock(workdir: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `workdir` (made if need be) for one run; if another run has it, wait or raise InUseError naming the holder.
 
     The kernel's lock ends with the process, however it ends. Process 0 alone takes it in a multi-process job.
     """
@@ -35,17 +40,45 @@ def lock(workdir: str) -> Iterator[None]:
         return
     with open(os.path.join(workdir, ".lock"), "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             file.seek(0)
-            raise ValueError(f"--workdir={workdir} is in use by another run ({file.read().strip()}).") from error
+            raise InUseError(f"--workdir={workdir} is in use by another run ({file.read().strip()}).") from error
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def new_folder(workdir: str) -> Iterator[str]:
+    """WORKDIR.partial to write to, which becomes `workdir` at the end; where anything fails there is neither.
+
+    Raises ValueError where `workdir` is there and not an empty folder, or another run is writing it.
+    """
+    if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
+        raise ValueError(f"--workdir={workdir} is not empty, and not what this command makes; use another folder.")
+    workdir = os.path.abspath(workdir)
+    partial = f"{workdir}.partial"
+    with lock(partial):
+        try:
+            _clear(partial)
+            yield partial
+            os.remove(os.path.join(partial, ".lock"))
+            os.replace(partial, workdir)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _clear(folder: str) -> None:
+    """Remove what a killed run left; its lock is held."""
+    for entry in os.scandir(folder):
+        if entry.name != ".lock":
+            shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
 def write_atomic(path: str, text: str) -> None:

@@ -200,3 +200,39 @@ def runs(finished, records, tmp_path_factory) -> dict[str, Run]:
         made |= {"reward": train("reward"), "dpo": dpo.result()}
     assert files(sft) == base, "a run wrote into its parent's workdir"
     return made
+
+
+# The config file of a pipeline whose four stages are as small as they may be.
+PIPELINE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    model = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_seq_length": 64}
+    text = {"train": "@data/corpus.jsonl", "holdout": {"fraction": 0.1}}
+    stages = {
+        "data": {"command": "make_data", "config": "configs/make_data.py:arithmetic",
+                 "fields": {"largest": 19, "heldout_fraction": 0.5}},
+        "tokenizer": {"command": "tokenizer", "config": "configs/tokenizer.py:char", "fields": {"data": text}},
+        "pretrain": {
+            "command": "pretrain", "fields": {
+                "data": {**text, "tokenizer": "@tokenizer", "sequence_length": 32}, "model": model,
+                "batch_size": 8, "num_train_steps": 12, "eval_interval_steps": 6, "log_interval_steps": 2,
+                "checkpoint": {"save_interval_steps": 4}, "optimizer": {"learning_rate": 0.02, "warmup_steps": 2}},
+            "expect": ("final_metrics.eval/loss < 0.9 * first.eval/loss",)},
+        "sft": {"command": "sft", "fields": {
+            "init_from": "@pretrain", "data": {"train": "@data/sft_train.jsonl", "eval": "@data/eval.jsonl",
+                                               "sequence_length": 32},
+            "batch_size": 8, "num_epochs": 0.0, "num_train_steps": 4, "eval_interval_steps": 2, "eval_at_start": True,
+            "log_interval_steps": 2, "samples": {"max_new_tokens": 4}}},
+    }
+    return ConfigDict({"stages": stages, "compare": {
+        "stages": ("pretrain", "sft"), "prompts_file": "@data/eval.jsonl", "num_prompts": 2, "max_new_tokens": 4}})
+"""
+
+
+@pytest.fixture(scope="session")
+def pipeline_config(tmp_path_factory) -> str:
+    """The config file of a small pipeline: data, tokenizer, pretrain, sft."""
+    path = tmp_path_factory.mktemp("pipeline_config") / "small.py"
+    path.write_text(PIPELINE)
+    return str(path)

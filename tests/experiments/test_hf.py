@@ -14,7 +14,7 @@ from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import load_model, read_run
 from jaxgpt.train.workdir import read_manifest
 from jaxgpt.weights import open_weights
-from tests.experiments.conftest import command, here
+from tests.experiments.conftest import command, files, here
 
 values = jax.jit(lambda cfg, p, tokens: decoder.values(cfg, p, decoder.hidden_states(cfg, p, tokens)), static_argnums=0)
 
@@ -73,6 +73,24 @@ def test_a_reward_model_with_adapters_is_a_classifier(runs, tmp_path):
     expected = np.asarray(values(ours.config, ours.params, tokens)) - shift
     np.testing.assert_allclose(np.asarray(values(*theirs, tokens)) - config["reward_shift"], expected, atol=1e-5)
     assert (tmp_path / "hf" / "chat_template.jinja").read_text().startswith("{{- bos_token }}")
+
+
+def test_nothing_is_written_over_what_is_there(finished, exported, tmp_path):
+    pytest.importorskip("tokenizers")
+    source = tmp_path / "source"
+    shutil.copytree(exported[0], source)
+    (source / "manifest.json").unlink()
+    before = files(tmp_path)
+    for stage, field, parent in (("import_hf", "source", source), ("export_hf", "init_from", finished[0])):
+        with pytest.raises(ValueError, match=f"--workdir={source} is not empty"):
+            here(stage, f"--config=configs/{stage}.py", f"--config.{field}={parent}", f"--workdir={source}")
+    (source / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no eos_token"):
+        here("import_hf", "--config=configs/import_hf.py", f"--config.source={source}", f"--workdir={tmp_path / 'out'}")
+    assert files(tmp_path).keys() == before.keys()
+    assert [path for path, raw in files(tmp_path).items() if raw != before[path]] == [
+        str(source / "tokenizer_config.json")
+    ]
 
 
 def test_a_mistake_is_one_sentence(exported, tmp_path):

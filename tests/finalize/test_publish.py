@@ -417,7 +417,7 @@ def test_a_finished_artifact_says_so_and_another_one_is_refused(pretrained, arti
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        finished(config, str(tmp_path / "full"))
+        made(source, tmp_path / "full")
 
 
 def test_held_out_data_are_asked_for_where_the_sources_are_gone(make, tmp_path):

@@ -1,0 +1,45 @@
+"""Stages as processes: their commands, printed so that they can be copied, and ended with the process that started them."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from jaxgpt.pipeline.graph import StageConfig
+
+# Linux ends the child with its parent; the child asks for it, since a fork by a process with jax's threads is not safe.
+DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def start(command: str, *arguments: str, **options: Any) -> subprocess.Popen:
+    """A process of experiments.COMMAND, which on Linux does not outlive this one; options: of Popen."""
+    line = [sys.executable, "-m", f"experiments.{command}", *arguments]
+    if sys.platform == "linux":
+        line = [sys.executable, "-S", "-c", DIE_WITH_PARENT, *line]
+    return subprocess.Popen(line, **options)
+
+
+def start_stage(
+    stage: StageConfig, title: str, workdir: str, folders: Mapping[str, str], **options: Any
+) -> subprocess.Popen:
+    """A process of a stage, with its command printed; folders: the workdirs of the stages it is built on."""
+    arguments = [f"--workdir={workdir}", *stage.flags(folders)]
+    print(f"\n== {title}\n$ python -m experiments.{stage.command} {shlex.join(arguments)}", flush=True)
+    return start(stage.command, *arguments, **options)
+
+
+def wait(child: subprocess.Popen) -> int:
+    """The exit code of a process, which hears of SIGTERM."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        return child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    """Say what went wrong, and exit."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
