@@ -22,8 +22,9 @@ def get_config(preset: str = "full") -> ConfigDict:
         },
         "quickstart": {
             "optimizer": {"learning_rate": 2e-4}, "critic_optimizer": {"learning_rate": 5e-4},
-            "rollout": {"max_new_tokens": 40}, "ppo": {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1},
-            "num_train_steps": 30, "num_eval_samples": 4,
+            "rollout": {"max_new_tokens": 40, "temperature": 0.7},
+            "ppo": {"num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1},
+            "num_train_steps": 20, "eval_interval_steps": 20, "num_eval_samples": 8,
         },
     }  # fmt: skip
     if preset not in presets:
