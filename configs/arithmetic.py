@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                 "data": {"train": "@data/sft_train.jsonl", "eval": "@data/eval.jsonl", "sequence_length": 64},
                 "batch_size": 32,
                 "num_epochs": 0.0,
-                "num_train_steps": 100,
+                "num_train_steps": 300,
                 "optimizer": {"learning_rate": 1e-3},
                 "samples": {"max_new_tokens": 5},
             },
