@@ -77,10 +77,10 @@ def get_config() -> ConfigDict:
         },
         "grpo": {
             "command": "grpo",
-            "title": "GRPO: eight answers to each sum, compared with each other",
+            "title": "GRPO: four answers to each sum, compared with each other",
             "fields": {
                 **_RL,
-                "rollout": {**_RL["rollout"], "num_samples_per_prompt": 8},
+                "rollout": {**_RL["rollout"], "num_samples_per_prompt": 4},
                 "group": {"drop_equal": True},  # else the steps shrink as most groups come to be all right
                 "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
             },
