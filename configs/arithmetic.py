@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "rollout": {**_RL["rollout"], "num_samples_per_prompt": 4},
+                "num_train_steps": 500,
                 "group": {"drop_equal": True},  # else the steps shrink as most groups come to be all right
                 "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
             },
@@ -92,7 +93,6 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "critic_init": "policy",
-                "num_train_steps": 250,
                 "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
                 "critic_optimizer": {"learning_rate": 1e-3, "warmup_steps": 20},
             },
