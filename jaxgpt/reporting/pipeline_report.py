@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.reporting.report import image, page
-from jaxgpt.train.workdir import read_rows
+from jaxgpt.train.workdir import read_manifest, read_rows
 
 # What held-out data say of a model, in the order of the stages; with RL eval/loss is minus the gold reward.
 MEASURES = {
@@ -58,10 +58,17 @@ def write_pipeline_report(
 
 
 def _before_and_after(root: str, stages: Mapping[str, Lineage]) -> str:
-    """Each stage's held-out measures at its first and its last evaluation."""
+    """Each stage's held-out measures at its first and its last evaluation; what an evaluation found counts as after."""
     body = []
     for name in stages:
         rows = read_rows(os.path.join(root, name, "metrics.jsonl"))
+        if not rows:
+            manifest = read_manifest(os.path.join(root, name)) or {}
+            body += [
+                f"<tr><td>{html.escape(name)}<td>{html.escape(metric)}<td><td><td class=number>{value:.4g}<td>"
+                for metric, value in manifest.get("final_metrics", {}).items()
+                if manifest["stage"] == "evaluate"
+            ]
         for metric, label in MEASURES.items():
             values = [(row["step"], row[metric]) for row in rows if metric in row]
             if len(values) < 2 or (metric == "eval/loss" and "eval/scores" in rows[-1]):
