@@ -1,0 +1,42 @@
+"""The report of a pipeline: what each stage changed, samples side by side, lineage."""
+
+import json
+import pathlib
+import re
+
+from jaxgpt.reporting.pipeline_report import Lineage, write_pipeline_report
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, row by row."""
+    body = page.split(f"<h2>{heading}</h2>")[1].split("</table>")[0]
+    return [re.split("<t[dh][^>]*>", row)[1:] for row in body.split("<tr>")[1:]]
+
+
+def test_before_and_after_samples_and_lineage_are_shown(tmp_path):
+    rows = {
+        "sft": [{"step": 0, "eval/loss": 4.0}, {"step": 5, "train/loss": 3.0}, {"step": 9, "eval/loss": 2.0}],
+        "ppo": [{"step": 0, "eval/loss": -0.1, "eval/scores": 0.5, "eval/gold": 0.1},
+                {"step": 20, "eval/loss": -0.2, "eval/scores": 0.75, "eval/gold": 0.2}],
+    }  # fmt: skip
+    for name, some in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    for name, stage in (("judged", "evaluate"), ("final", "finalize")):
+        (tmp_path / name).mkdir()
+        manifest = {"stage": stage, "final_metrics": {"win_rate/win_rate": 0.625}}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    parents = {"sft": set(), "ppo": {"sft"}, "final": {"ppo"}, "judged": {"sft", "final"}}
+    stages = {name: Lineage(f"title of {name}", f"{i}" * 64, parents[name]) for i, name in enumerate(parents)}
+    samples = {name: [{"prompt": "<What>?", "response": f"{name} & co"}] for name in ("sft", "ppo")}
+    page = pathlib.Path(write_pipeline_report(str(tmp_path), stages, samples)).read_text()
+    assert table(page, "Before and after each stage")[1:] == [
+        ["sft", "loss (nats per token)", "4", "0", "2", "9"],
+        ["ppo", "score", "0.5", "0", "0.75", "20"],
+        ["ppo", "gold reward", "0.1", "0", "0.2", "20"],
+        ["judged", "win_rate/win_rate", "", "", "0.625", ""],
+    ]
+    assert table(page, "The same prompts, answered after each stage")[1] == [
+        "&lt;What&gt;?", "sft &amp; co", "ppo &amp; co"
+    ]  # fmt: skip
+    assert table(page, "Lineage")[2:4] == [["ppo", "sft", "1" * 12], ["final", "ppo", "2" * 12]]
