@@ -5,12 +5,15 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -65,6 +68,16 @@ def environment(devices: int = 1) -> dict[str, str]:
     """This process's environment with another number of simulated devices."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     return os.environ | {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+
+
+def with_template(workdir, folder: pathlib.Path) -> str:
+    """A copy of a finished run as if it had been trained on a chat template."""
+    shutil.copytree(workdir, folder)
+    template = ChatTemplate(CHAT_TEMPLATES["roles"], "roles")
+    template.save(str(folder))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"chat_template_digest": template.digest}))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
-from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
+from jaxgpt.data.chat import ChatTemplate, Message
 from jaxgpt.data.tokenizer import Tokenizer
-from tests.experiments.conftest import command
+from tests.experiments.conftest import command, with_template
 
 SHORT = ("--config=configs/chat.py:greedy", "--config.max_new_tokens=6")
 
@@ -21,10 +20,7 @@ def base(finished):
 @pytest.fixture(scope="module")
 def assistant(base, tmp_path_factory):
     """The base model as if it had been trained on a template: what it says is no answer, but it is said in turns."""
-    folder = tmp_path_factory.mktemp("assistant") / "run"
-    shutil.copytree(base, folder)
-    ChatTemplate(CHAT_TEMPLATES["roles"], "roles").save(str(folder))
-    return str(folder)
+    return with_template(base, tmp_path_factory.mktemp("assistant") / "run")
 
 
 def chat(workdir, *lines, flags=SHORT):

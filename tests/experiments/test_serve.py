@@ -10,8 +10,7 @@ import threading
 
 import pytest
 
-from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
-from tests.experiments.conftest import ROOT, command, environment
+from tests.experiments.conftest import ROOT, command, environment, with_template
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -21,10 +20,7 @@ HELLO = [{"role": "user", "content": "Ann likes"}]
 
 @pytest.fixture(scope="module")
 def assistant(finished, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve") / "assistant"
-    shutil.copytree(finished[0], folder)
-    ChatTemplate(CHAT_TEMPLATES["roles"], "roles").save(str(folder))
-    return str(folder)
+    return with_template(finished[0], tmp_path_factory.mktemp("serve") / "assistant")
 
 
 @pytest.fixture
