@@ -5,7 +5,8 @@
 A model of 0.5M parameters reads sums of two numbers below 100. It is then shown how to answer by someone who forgets six
 carries of ten, and does so, too, until it is rewarded for right answers. A tenth of the sums is held out from all stages;
 eval/scores of the stages grpo and ppo is the accuracy on them, sampled at temperature 1, and the stages accuracy_* have it
-for greedy answers.
+for greedy answers. In 400 iterations of PPO, four minutes on two CPU cores, it went from 0.307 to 0.977 (seed 1); more in
+docs/reinforcement_learning.md.
 """
 
 from ml_collections import ConfigDict
@@ -59,7 +60,7 @@ def get_config() -> ConfigDict:
                 },
                 "optimizer": {"name": "muon", "learning_rate": 6e-3},
                 "batch_size": 32,
-                "num_train_steps": 500,
+                "num_train_steps": 1000,
             },
         },
         "sft": {
@@ -81,7 +82,6 @@ def get_config() -> ConfigDict:
             "fields": {
                 **_RL,
                 "rollout": {**_RL["rollout"], "num_samples_per_prompt": 4},
-                "num_train_steps": 500,
                 "group": {"drop_equal": True},  # else the steps shrink as most groups come to be all right
                 "optimizer": {"learning_rate": 2e-4, "warmup_steps": 20},
             },
