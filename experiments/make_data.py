@@ -7,7 +7,6 @@ Files are read with ast; nothing of the standard library is imported or run. See
 
 import dataclasses
 import functools
-import hashlib
 import os
 import sys
 from typing import Literal
@@ -18,6 +17,7 @@ from jaxgpt.data.arithmetic import write_arithmetic
 from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
 from jaxgpt.data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
 from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.artifact import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,8 @@ def main(config: Config, workdir: str) -> None:
             ))  # fmt: skip
         files = sorted(name for name in os.listdir(workdir) if name.endswith(".jsonl"))
         workdirs.write_manifest(workdir, workdirs.base_manifest(
-            stage="data", config=to_dict(config), files={name: digest(os.path.join(workdir, name)) for name in files}
+            stage="data", config=to_dict(config), files={name: file_digest(os.path.join(workdir, name)) for name in files}
         ))  # fmt: skip
-
-
-def digest(path: str) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-REFERENCE = re.compile(r"@(\w+)")  # at the beginning of a text
+_REFERENCE = re.compile(r"@(\w+)")  # at the beginning of a text
 _COMPARISON = re.compile(r"(?P<left>.+?) (?P<sign>[<>]) (?:(?P<factor>[-+.\de]+) \* )?(?P<right>.+)")
 
 
@@ -125,7 +125,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
     """The value with the "@NAME" that its texts begin with replaced by that stage's workdir."""
     if isinstance(value, str):
-        match = REFERENCE.match(value)
+        match = _REFERENCE.match(value)
         return workdirs[match[1]] + value[match.end() :] if match else value
     if isinstance(value, list | tuple):
         return type(value)(substitute(item, workdirs) for item in value)
@@ -135,7 +135,7 @@ def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
 def _references(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [name for item in value for name in _references(item)]
-    match = REFERENCE.match(value) if isinstance(value, str) else None
+    match = _REFERENCE.match(value) if isinstance(value, str) else None
     return [match[1]] if match else []
 
 
@@ -160,23 +160,16 @@ def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str
 
 def failed_expectations(stage: StageConfig, manifest: Mapping[str, Any], first: Mapping[str, float]) -> list[str]:
     """Those of the stage's expectations that do not hold, with the numbers; first: metric -> its first logged value."""
-    content = {**manifest, "first": first}
-    return [
-        f"{text} ({left:.4g} against {right:.4g})"
-        for text, left, right in _judge(stage, content)
-        if not _holds(text, left, right)
-    ]
-
-
-def _judge(stage: StageConfig, content: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    content, failed = {**manifest, "first": first}, []
     for text in stage.expect:
         match = _COMPARISON.fullmatch(text)
         assert match is not None  # as __post_init__ has seen
-        yield text, number(content, match["left"]), float(match["factor"] or 1) * number(content, match["right"])
-
-
-def _holds(text: str, left: float, right: float) -> bool:
-    return left < right if " < " in text else left > right
+        left = number(content, match["left"])
+        right = float(match["factor"] or 1) * number(content, match["right"])
+        holds = left < right if match["sign"] == "<" else left > right
+        if not holds:
+            failed.append(f"{text} ({left:.4g} against {right:.4g})")
+    return failed
 
 
 def number(content: Mapping[str, Any], path: str, field: str = "expect") -> float:
