@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,6 +224,9 @@ class JsonLog:
         self._last = step
 
 
+_JAX_LOOKS_FOR_SIGTERM_SECONDS = 1.0  # how often jax's listener (xla's preemption notifier) looks for one
+
+
 class StopSignal:
     """Whether the run was asked to end: SIGTERM or SIGINT here, or a preemption notice to any process of the job.
 
@@ -240,9 +244,16 @@ class StopSignal:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if jax.process_count() > 1 and kind is None:
+            # jax's agreement about a SIGTERM waits minutes for a process that has left meanwhile. So none leaves before
+            # the last one is deaf to new signals, and an agreement about earlier ones is over.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            multihost_utils.sync_global_devices("every process is deaf to SIGTERM")
+            time.sleep(1.5 * _JAX_LOOKS_FOR_SIGTERM_SECONDS)
+            multihost_utils.sync_global_devices("every agreement about a SIGTERM is over")
 
     def _handle(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self._event.is_set():

@@ -42,3 +42,28 @@ def test_two_processes_equal_one_with_as_many_devices_also_after_preemption(argu
     ours, theirs = (tree.named_leaves(load_model(str(tmp_path / name), mesh).params) for name in ("two", "one"))
     for name, leaf in theirs.items():
         np.testing.assert_allclose(ours[name], leaf, atol=1e-4, err_msg=name)
+
+
+LATE_SIGNAL = """
+import os, signal, time
+from jaxgpt import partition
+from jaxgpt.train.workdir import StopSignal
+import jax
+partition.start_distributed()
+with StopSignal() as stop:
+    assert not stop.should_stop(1)
+    if jax.process_index() == {signalled} and {inside}:
+        os.kill(os.getpid(), signal.SIGTERM)
+if jax.process_index() == 0:
+    if not {inside}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)  # the main process writes its report; the other one has nothing to do
+"""
+
+
+@pytest.mark.parametrize(("signalled", "inside"), [(0, False), (0, True), (1, True)])
+def test_a_signal_after_the_last_step_does_not_leave_processes_waiting_for_each_other(signalled, inside):
+    script = LATE_SIGNAL.format(signalled=signalled, inside=inside)
+    done = subprocess.run([sys.executable, *JOB, sys.executable, "-c", script], cwd=ROOT, env=environment(), text=True,
+                          timeout=100, capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
