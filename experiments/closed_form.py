@@ -1,6 +1,6 @@
 """Proof of the RL step: on tasks small enough to enumerate, the trained policy is the one that theory predicts.
 
-    python -m experiments.closed_form [--algorithms=ppo,rloo,grpo] [--kl_coefs=0.4,0.5,0.7] [--seeds=0,1,2]
+    python -m experiments.closed_form [--algorithms=ppo,grpo_k2] [--kl_coefs=0.4,0.5,0.7] [--seeds=0,1,2]
 
 A tiny transformer answers 4 prompts with at most 3 tokens out of 6, EOS among them; every response has a random reward.
 With the KL in the reward, the optimum of E[r] - beta KL(pi || ref) is pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x) (Korbak
@@ -143,9 +143,13 @@ def solve(algorithm: str, beta: float, seed: int, *, steps: int = 1000, **option
 
 def make_problem(
     algorithm: str, beta: float, seed: int, *, steps: int, kl_in: str = "reward", estimator: str = "k1", length: int = 3,
-    rows: int = 1024, learning_rate: float = 3e-3,
+    rows: int = 1024, learning_rate: float = 1e-3,
 ) -> Problem:  # fmt: skip
-    """A random task and its RL iteration. algorithm: ppo, rloo or grpo (without std scaling)."""
+    """A random task and its RL iteration. algorithm: ppo, rloo or grpo (without std scaling).
+
+    learning_rate: its first value, which falls to 0. At 3e-3 a policy may leave a rare response behind before it has
+    sampled it often enough to know that it is good, and the way back is long.
+    """
     task = Task(length, seed)
     mesh = partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])
     ppo = PPOConfig(kl_coef=beta, kl_in=kl_in, kl_estimator=estimator, num_epochs=2, num_minibatches=2)  # type: ignore[arg-type]
@@ -197,15 +201,16 @@ def make_problem(
     return Problem(task, step, state, frozen, prompts, reference, optimum)
 
 
+RUNS = {name: (name, "reward", "k1", 3) for name in ("ppo", "rloo", "grpo")} | {
+    f"grpo_{estimator}": ("grpo", "loss", estimator, 1) for estimator in ("k2", "k3")
+}
+
+
 def main(flags: argparse.Namespace) -> None:
     """Print one row per run."""
-    numbers = lambda text, kind: [kind(part) for part in text.split(",")]
-    runs = [(a, "reward", "k1", 3) for a in flags.algorithms.split(",")]
-    runs += [("grpo", "loss", "k2", 1), ("grpo", "loss", "k3", 1)]
     print("algorithm  KL in   estimator  tokens  beta  seed  KL before  KL after  seconds")
-    for (algorithm, kl_in, estimator, length), beta, seed in itertools.product(
-        runs, numbers(flags.kl_coefs, float), numbers(flags.seeds, int)
-    ):
+    for name, beta, seed in itertools.product(flags.algorithms, flags.kl_coefs, flags.seeds):
+        algorithm, kl_in, estimator, length = RUNS[name]
         started = time.perf_counter()
         before, after = solve(algorithm, beta, seed, kl_in=kl_in, estimator=estimator, length=length, steps=flags.steps)
         print(f"{algorithm:<10} {kl_in:<7} {estimator:<10} {length:>6} {beta:>5} {seed:>5} {before:>10.3f} {after:>9.4f} "
@@ -214,8 +219,12 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", default="ppo,rloo,grpo")
-    parser.add_argument("--kl_coefs", default="0.4,0.5,0.7")
-    parser.add_argument("--seeds", default="0,1,2")
+    several = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser.add_argument("--algorithms", type=several(str), default=list(RUNS), help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--kl_coefs", type=several(float), default=[0.4, 0.5, 0.7])
+    parser.add_argument("--seeds", type=several(int), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000, help="iterations of 1024 responses")
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    if unknown := set(arguments.algorithms) - set(RUNS):
+        parser.error(f"--algorithms: {', '.join(sorted(unknown))} is none of {', '.join(RUNS)}")
+    main(arguments)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ class StageConfig:
 
     def parents(self) -> set[str]:
         """The stages it refers to."""
-        return {name for value in dict(flatten(self.fields)).values() for name in _references(value)}
+        return set(_references(self.fields))
 
     def flags(self, workdirs: Mapping[str, str]) -> list[str]:
         """The arguments of its command but for --workdir, references put in."""
@@ -124,6 +125,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
     """The value with the "@NAME" that its texts begin with replaced by that stage's workdir."""
+    if isinstance(value, Mapping):
+        return {key: substitute(item, workdirs) for key, item in value.items()}
     if isinstance(value, str):
         match = _REFERENCE.match(value)
         return workdirs[match[1]] + value[match.end() :] if match else value
@@ -133,10 +136,15 @@ def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:
 
 
 def _references(value: Any) -> list[str]:
-    if isinstance(value, list | tuple):
-        return [name for item in value for name in _references(item)]
-    match = _REFERENCE.match(value) if isinstance(value, str) else None
-    return [match[1]] if match else []
+    return [match[1] for text in _texts(value) if (match := _REFERENCE.match(text))]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str]) -> str:
@@ -147,13 +155,16 @@ def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str
       stage: its own fields, and its command.
       parents: name -> manifest digest.
 
-    Files named in the fields count with their size and time of change, but for those in parents' workdirs.
+    Files that a text names (itself, as a pattern, or as a folder that holds them) count with their size and time of change,
+    but for those in parents' workdirs.
     """
     files = {}
-    for name, value in flatten(stage.fields):
-        if isinstance(value, str) and not _references(value) and os.path.isfile(value):
-            status = os.stat(value)
-            files[name] = [status.st_size, status.st_mtime_ns]
+    for text in _texts([values, stage.fields]):
+        if not _references(text):
+            for path in glob.glob(os.path.join(text, "*") if os.path.isdir(text) else text, recursive=True):
+                if os.path.isfile(path):
+                    status = os.stat(path)
+                    files[path] = [status.st_size, status.st_mtime_ns]
     content = [stage.command, stage.spec, values, stage.fields, dict(parents), files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

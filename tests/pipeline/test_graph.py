@@ -39,6 +39,7 @@ def test_flags_are_the_nested_fields_with_workdirs_put_in():
     assert one.parents() == {"data"}
     assert dict(flatten({"a": {"b": 1}, "c": 2})) == {"a.b": 1, "c": 2}
     assert substitute("{data} @data", {"data": "x"}) == "{data} @data"
+    assert substitute([{"path": "@data/a", "weight": 1}], {"data": "x"}) == [{"path": "x/a", "weight": 1}]
 
 
 def test_a_field_of_a_stage_is_overridden_from_the_command_line():
@@ -64,6 +65,20 @@ def test_a_stage_is_another_one_when_its_config_fields_parents_or_files_change(t
     data.write_text("ab")
     others.append(key({"batch_size": 8}, one, {"pretrain": "abc"}))
     assert len({same, *others}) == 6
+
+
+def test_a_stage_is_another_one_when_a_file_of_a_list_a_pattern_or_a_folder_changes(tmp_path):
+    (tmp_path / "more").mkdir()
+    file, among_others, inside = tmp_path / "a.txt", tmp_path / "b_1.txt", tmp_path / "more" / "model.safetensors"
+    named = [{"path": str(file)}, str(tmp_path / "b_*.txt"), str(tmp_path / "more")]
+    now = lambda values, fields: key(values, StageConfig("sft", fields=fields), {})
+    for changed in (file, among_others, inside):
+        before = now({"train": named}, {}), now({}, {"data": {"train": named}})
+        changed.write_text("new")
+        after = now({"train": named}, {}), now({}, {"data": {"train": named}})
+        assert len({*before, *after}) == 4
+    (tmp_path / "c.txt").write_text("of no stage")
+    assert now({"train": named}, {}) == after[0]
 
 
 @pytest.mark.parametrize(
