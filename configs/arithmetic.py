@@ -5,8 +5,8 @@
 A model of 0.5M parameters reads sums of two numbers below 100. It is then shown how to answer by someone who forgets six
 carries of ten, and does so, too, until it is rewarded for right answers. A tenth of the sums is held out from all stages;
 eval/scores of the stages grpo and ppo is the accuracy on them, sampled at temperature 1, and the stages accuracy_* have it
-for greedy answers. In 400 iterations of PPO, four minutes on two CPU cores, it went from 0.307 to 0.977 (seed 1); more in
-docs/reinforcement_learning.md.
+for greedy answers. With three seeds it went from 0.31, 0.47 and 0.52 to at least 0.955, in about nine minutes on two CPU
+cores for all of it; docs/reinforcement_learning.md has the table.
 """
 
 from ml_collections import ConfigDict
