@@ -20,14 +20,14 @@ from tests.generate.test_loop import pad
 PROMPTS = [[3, 9, 1], [7], [2, 16, 5], [8, 8]]
 
 
-def collect(num_slots):
+def collect(num_slots, params):
     rollout = RolloutConfig(batch_size=4, max_prompt_length=5, max_new_tokens=6, num_slots=num_slots)
     setup = step.Setup(
         policy=CFG, reference=CFG, critic=None, rollout=rollout, ppo=PPOConfig(), group=step.GroupConfig(), eos_ids=(2, 11),
         pad_id=0,
     )  # fmt: skip
     # Of the state, a rollout with a key of its own needs the policy's parameters alone.
-    state = step.RLState(None, step.TrainState(None, params(), None, None), None, None, None, None)
+    state = step.RLState(None, step.TrainState(None, params, None, None), None, None, None, None)
     tokens_BP, mask_BP = pad(PROMPTS)
     return step.collect(setup, state, {}, Prompts(tokens_BP, mask_BP, jnp.arange(4)), jax.random.key(2))
 
@@ -40,7 +40,7 @@ def test_num_slots_responses_are_decoded_at_once_and_change_nothing(monkeypatch)
         return decode(cfg, params, tokens_BT, *rest)
 
     monkeypatch.setattr(decoder, "decode", seen)
-    slots, plain = jax.jit(functools.partial(collect, 2))(), jax.jit(functools.partial(collect, 0))()
+    slots, plain = (jax.jit(functools.partial(collect, n))(params()) for n in (2, 0))
     assert shapes[0] == shapes[-2] == (4, 5)
     assert (shapes[1], shapes[-1]) == ((2, 1), (4, 1))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), slots, plain)
