@@ -34,6 +34,9 @@ from jaxgpt.train.step import init_state, make_train_step
 VOCAB, EOS = 6, 2
 PROMPTS = np.array([[1, 3, 3], [1, 3, 4], [1, 4, 3], [1, 4, 4]], np.int32)
 GROUP = 8
+RUNS = {name: (name, "reward", "k1", 3) for name in ("ppo", "rloo", "grpo")} | {
+    f"grpo_{estimator}": ("grpo", "loss", estimator, 1) for estimator in ("k2", "k3")
+}  # name -> algorithm, where the KL is, its estimator, tokens of a response
 MODEL = ModelConfig(
     vocab_size=VOCAB, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64, max_seq_length=8, init="fan_in",
     tie_embeddings=False,
@@ -199,11 +202,6 @@ def make_problem(
     reference = task.log_probs(frozen["reference"])
     optimum = task.optimum(reference, beta, estimator if kl_in == "loss" else "k1")
     return Problem(task, step, state, frozen, prompts, reference, optimum)
-
-
-RUNS = {name: (name, "reward", "k1", 3) for name in ("ppo", "rloo", "grpo")} | {
-    f"grpo_{estimator}": ("grpo", "loss", estimator, 1) for estimator in ("k2", "k3")
-}
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -43,10 +43,7 @@ def resolve_paths(path: str | Iterable[str], field: str) -> list[str]:
     patterns = [path] if isinstance(path, str) else list(path)
     found: set[str] = set()
     for pattern in patterns:
-        matches = glob.glob(os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern, recursive=True)
-        files = [m for m in matches if os.path.isfile(m)]
-        if os.path.isdir(pattern):
-            files = [m for m in files if m.endswith(SUFFIXES)]
+        files = matching_files(pattern, SUFFIXES)
         if not files:
             raise ValueError(f"{field}: no file matches {pattern!r}{_nearest_file(pattern)}.")
         found.update(files)
@@ -56,6 +53,13 @@ def resolve_paths(path: str | Iterable[str], field: str) -> list[str]:
     if not found:
         raise ValueError(f"{field} is empty.")
     return sorted(found)
+
+
+def matching_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that a path or a glob names, or those of a folder whose names end in one of `suffixes`; maybe none."""
+    is_folder = os.path.isdir(pattern)
+    matches = glob.glob(os.path.join(pattern, "*") if is_folder else pattern, recursive=True)
+    return [m for m in matches if os.path.isfile(m) and (not is_folder or m.endswith(suffixes))]
 
 
 def _nearest_file(pattern: str) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import glob
 import hashlib
 import json
 import os
@@ -10,8 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxgpt.data.sources import SUFFIXES, matching_files
+
 _REFERENCE = re.compile(r"@(\w+)")  # at the beginning of a text
 _COMPARISON = re.compile(r"(?P<left>.+?) (?P<sign>[<>]) (?:(?P<factor>[-+.\de]+) \* )?(?P<right>.+)")
+# What makes a folder what it is: data, or a run or checkpoint. Not all that is in it: a cache (data.cache_dir) is written to.
+_OF_A_FOLDER = (
+    *SUFFIXES, ".safetensors", ".jinja", "manifest.json", "config.json", "tokenizer.json", "tokenizer.model"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,16 +160,15 @@ def key(values: Mapping[str, Any], stage: StageConfig, parents: Mapping[str, str
       stage: its own fields, and its command.
       parents: name -> manifest digest.
 
-    Files that a text names (itself, as a pattern, or as a folder that holds them) count with their size and time of change,
-    but for those in parents' workdirs.
+    Files that a text names (itself, as a pattern, or as the folder of a corpus, a run or a checkpoint) count with their size
+    and time of change, but for those in parents' workdirs.
     """
     files = {}
     for text in _texts([values, stage.fields]):
         if not _references(text):
-            for path in glob.glob(os.path.join(text, "*") if os.path.isdir(text) else text, recursive=True):
-                if os.path.isfile(path):
-                    status = os.stat(path)
-                    files[path] = [status.st_size, status.st_mtime_ns]
+            for path in matching_files(text, _OF_A_FOLDER):
+                status = os.stat(path)
+                files[path] = [status.st_size, status.st_mtime_ns]
     content = [stage.command, stage.spec, values, stage.fields, dict(parents), files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -78,6 +78,7 @@ def test_a_stage_is_another_one_when_a_file_of_a_list_a_pattern_or_a_folder_chan
         after = now({"train": named}, {}), now({}, {"data": {"train": named}})
         assert len({*before, *after}) == 4
     (tmp_path / "c.txt").write_text("of no stage")
+    (tmp_path / "more" / "file_digests.json").write_text("what a run writes to its cache")
     assert now({"train": named}, {}) == after[0]
 
 
