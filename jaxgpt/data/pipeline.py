@@ -233,7 +233,13 @@ def _endless_order(plan: RowPlan, seed: int | None) -> grain.MapDataset:
         return rows.repeat()
     if len(plan) <= FEW_ROWS:
         return grain.MapDataset.select_from_datasets([rows], _EpochPermutations(len(plan), seed))
+    if _is_power_of_four(len(plan) - 1):
+        return grain.MapDataset.select_from_datasets([rows], _LargeEpochPermutations(len(plan), seed))
     return rows.shuffle(seed=seed).repeat()
+
+
+def _is_power_of_four(n: int) -> bool:
+    return n.bit_count() == 1 and n.bit_length() % 2 == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +255,32 @@ class _EpochPermutations(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         epoch, place = divmod(index, self.num_rows)
         return 0, int(epoch_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@dataclasses.dataclass(frozen=True)
+class _LargeEpochPermutations(grain.transforms.DatasetSelectionMap):
+    """As _EpochPermutations, for 4**k + 1 rows, of which grain's own shuffle leaves out one and visits another twice.
+
+    Its search space is one row too small there. One more row makes it large enough: whoever comes to that row, goes on to
+    where that row leads, so that all the others are visited once.
+    """
+
+    num_rows: int
+    seed: int
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.range(self.num_rows + 1).shuffle(seed=self.seed).repeat()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, self.num_rows)
+        row = self._order[epoch * (self.num_rows + 1) + place]
+        if row == self.num_rows:
+            row = self._order[epoch * (self.num_rows + 1) + row]
+        return 0, int(row)
 
 
 @functools.lru_cache(maxsize=64)

@@ -86,6 +86,14 @@ def test_every_epoch_is_another_permutation_of_the_rows(monkeypatch, few_rows):
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(40)]}) == 4
 
 
+@pytest.mark.parametrize("size", [2**16 + 1, 2**16 + 2])
+def test_every_row_of_a_large_source_is_visited_once_an_epoch(size):
+    order = pipeline._endless_order(range(size), seed=3)
+    epochs = np.array([[order[epoch * size + i] for i in range(size)] for epoch in range(2)])
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(size), (2, 1)))
+    assert np.mean(epochs[0] == epochs[1]) < 0.001
+
+
 def test_without_shuffling_rows_come_in_order_again_and_again():
     rows = batches(plan(20), 5, shuffle=False).ravel()
     np.testing.assert_array_equal(rows, np.tile(np.arange(20), 2))
