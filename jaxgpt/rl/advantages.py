@@ -34,11 +34,12 @@ def init_moments() -> Moments:
 
 
 def update_moments(moments: Moments, x: Array, mask: Array | None = None) -> Moments:
-    """The moments with the elements of x under mask (all, without one) added to them.
+    """The moments with the finite elements of x under mask (all, without one) added to them.
 
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
-    mask = (jnp.ones_like(x) if mask is None else mask).astype(jnp.float32)
+    # One NaN among the scores must not stay in the moments: the iteration is skipped, the run goes on.
+    mask = jnp.where(jnp.isfinite(x), 1.0 if mask is None else mask.astype(jnp.float32), 0.0)
     new_count, new_mean = jnp.sum(mask), masked_mean(x, mask)
     new_m2 = new_count * masked_mean(jnp.square(jnp.where(mask != 0, x, 0) - new_mean), mask)
     count = moments.count + new_count
@@ -212,6 +213,8 @@ def has_spread(scores_B: Array, group_size: int) -> Array:
 def adaptive_kl(coef: Array | float, kl: Array | float, target: float, horizon: float, num_episodes: int) -> Array:
     """The KL coefficient of the next iteration, f32: coef (1 + clip(kl / target - 1, +-0.2) num_episodes / horizon).
 
+    A KL that is not finite leaves it as it is.
+
     Args:
       kl: mean over responses of the summed KL of their tokens, nats; target: what it should be.
       num_episodes: responses in the iteration; horizon: in episodes.
@@ -226,7 +229,8 @@ def adaptive_kl(coef: Array | float, kl: Array | float, target: float, horizon: 
             f"ppo.kl_horizon={horizon} is too short for iterations of {num_episodes} responses: the KL coefficient could "
             f"fall to 0. It must be more than {0.2 * num_episodes:g}."
         )
-    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1, -0.2, 0.2)
+    kl = jnp.asarray(kl, jnp.float32)
+    error = jnp.where(jnp.isfinite(kl), jnp.clip(kl / target - 1, -0.2, 0.2), 0.0)
     return jnp.asarray(coef, jnp.float32) * (1 + error * num_episodes / horizon)
 
 

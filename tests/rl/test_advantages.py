@@ -237,6 +237,21 @@ def test_moments_of_nothing_normalize_nothing_and_equal_scores_become_0():
     assert not advantages.normalize(np.full(2, 2.5), one).any()
 
 
+def test_a_score_that_is_not_finite_leaves_no_trace_in_the_moments():
+    moments = advantages.init_moments()
+    for scores in ([1.0, 2.0], [np.nan, 4.0], [np.inf, -np.inf], [7.0, 9.0]):
+        moments = advantages.update_moments(moments, np.array(scores, np.float32))
+    seen = np.array([1.0, 2.0, 4.0, 7.0, 9.0])
+    close(moments.count, 5)
+    close(moments.mean, seen.mean())
+    close(moments.m2, np.sum((seen - seen.mean()) ** 2))
+
+
+def test_a_kl_that_is_not_finite_leaves_the_coefficient_alone():
+    for kl in (np.nan, np.inf):
+        close(advantages.adaptive_kl(0.15, kl, 6.0, 10_000, 512), 0.15)
+
+
 def test_explained_variance_of_a_perfect_an_ignorant_and_a_wrong_critic():
     returns = wild(RETURNS)
     live = MASK != 0
