@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxgpt.train.config import ProfileConfig, WandbConfig
+from jaxgpt.train.workdir import write_atomic
 
 
 def _nothing(*_: Any) -> None:
@@ -52,14 +54,30 @@ def tensorboard(workdir: str, start_step: int) -> Callback:
 
 
 def wandb(config: WandbConfig, workdir: str, run_config: dict) -> Callback:
-    """The same rows to Weights & Biases; one run per workdir, continued on resume."""
+    """The same rows to Weights & Biases; one run per workdir, continued on resume.
+
+    Its id is drawn once and kept in WORKDIR/wandb_id: names of workdirs repeat (runs/a/sft, runs/b/sft), and one that is
+    moved stays the same run.
+    """
     try:
         import wandb as client
     except ImportError as error:
-        raise ValueError("wandb.project is set but wandb is not installed: pip install 'jaxgpt[wandb]'.") from error
-    name = config.name or os.path.basename(os.path.abspath(workdir))
+        raise ValueError("wandb.project is set but wandb is not installed: pip install -e '.[wandb]'.") from error
+    path = os.path.join(workdir, "wandb_id")
+    if not os.path.isfile(path):
+        write_atomic(path, f"{secrets.token_hex(8)}\n")
+    with open(path) as file:
+        run_id = file.read().strip()
     run = client.init(
-        project=config.project, name=name, id=name, resume="allow", dir=workdir, mode=config.mode, config=run_config
+        project=config.project,
+        name=config.name or os.path.basename(os.path.abspath(workdir)),
+        id=run_id,
+        resume="allow",
+        dir=workdir,
+        mode=config.mode or None,
+        group=config.group or None,
+        tags=config.tags or None,
+        config=run_config,
     )
     return Callback(on_log=lambda step, row: run.log(row, step=step), close=run.finish)
 

@@ -45,11 +45,17 @@ class SamplesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Logging to Weights & Biases (extra `wandb`); an empty project switches it off."""
+    """Logging to Weights & Biases (extra `wandb`); an empty project switches it off.
+
+    name: of the run; empty is the name of its workdir. group, tags: by which runs are found together.
+    mode: empty is what WANDB_MODE or wandb's own settings say.
+    """
 
     project: str = ""
     name: str = ""
-    mode: Literal["online", "offline"] = "online"
+    group: str = ""
+    tags: tuple[str, ...] = ()
+    mode: Literal["", "online", "offline", "disabled"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
