@@ -40,8 +40,8 @@ format: $(STAMP) ## Mend style and format
 	$(BIN)/ruff format .
 
 .PHONY: test
-test: lint ## Lint and all tests (ARGS=... goes to pytest)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+test: lint ## Lint and all tests, in a random order that the end names (ARGS=... goes to pytest)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 .PHONY: clean
 clean: ## Remove what the other targets made, but for runs/

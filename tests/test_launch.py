@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -16,7 +15,7 @@ def launch(*arguments: str, code: str | None = None) -> subprocess.CompletedProc
         [sys.executable, "-m", "launch.local", *arguments, *command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 
@@ -48,17 +47,15 @@ def test_the_first_bad_end_ends_the_job_and_is_named(end, code, how):
 
 
 def test_sigterm_reaches_every_process():
-    script = "import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('ready')\ntime.sleep(60)"
+    script = "import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('ready')\ntime.sleep(600)"
     job = subprocess.Popen(
         [sys.executable, "-m", "launch.local", "--", sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
     )
     assert job.stdout is not None
     assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
-    started = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=300)  # less than a process sleeps: it was the signal that ended them
     assert job.returncode == 0
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("arguments", [[], ["--num_processes=0", "--", "true"], ["--processes=2", "--", "true"]])

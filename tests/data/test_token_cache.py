@@ -206,7 +206,7 @@ def test_of_writers_that_race_all_finish_with_the_same_tokens(tmp_path):
 
     class Racing(CharTokenizer):
         def encode_batch(self, texts):
-            everyone_writes.wait(timeout=60)
+            everyone_writes.wait(timeout=600)
             return super().encode_batch(texts)
 
     results = []

@@ -20,7 +20,7 @@ TEXT = "Ann sees the red house. Bob likes the blue house and calls Cid. Where is
 MAX_SEQ_LENGTH = 24
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def mesh():
     return partition.make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
@@ -34,23 +34,23 @@ def load(tokenizer, mesh, **fields) -> LoadedModel:
     return LoadedModel(cfg, jax.device_put(params, partition.replicated(mesh)), tokenizer, None)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer([TEXT * 20], TokenizerConfig(vocab_size=320))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model(tokenizer, mesh) -> LoadedModel:
     """Without a chat template, and with positions that end at max_seq_length."""
     return load(tokenizer, mesh, position="learned")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def chat_model(model) -> LoadedModel:
     return dataclasses.replace(model, template=ChatTemplate.from_config("chatml"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def reward_model(tokenizer, mesh) -> LoadedModel:
     return dataclasses.replace(
         load(tokenizer, mesh, position="rope", head="scalar"), template=ChatTemplate.from_config("chatml")

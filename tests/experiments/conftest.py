@@ -40,7 +40,7 @@ def command(stage: str, *arguments: str, devices: int = 1, **kwargs) -> subproce
     """Run a stage in a process of its own and return what it printed."""
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{stage}", *arguments],
-        cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=300, check=False, **kwargs,
+        cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=900, check=False, **kwargs,
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def killed(file: str, step: int, stage: str, *arguments: str) -> subprocess.Comp
     """Run a stage that is killed as soon as it has written the rows of a step to one of its logs."""
     return subprocess.run(
         [sys.executable, "-c", KILLED, file, str(step), stage, *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 

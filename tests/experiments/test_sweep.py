@@ -28,7 +28,7 @@ with open(os.path.join(os.path.dirname(folder), "ran"), "a") as file:
     file.write(os.path.basename(folder).split("-")[0] + " " + os.environ.get("DEVICE", "") + "\\n")
 for name, value in flags.items():
     if "train_from" in name: assert os.path.exists(value + "/manifest.json"), value
-if rate == 7: time.sleep(60)
+if rate == 7: time.sleep(600)
 if rate > 10: sys.exit("the rate is absurd")
 with open(os.path.join(folder, "manifest.json"), "w") as file:
     json.dump({"final_metrics": {"eval/loss": rate}}, file)

@@ -15,7 +15,7 @@ HOLD = """import sys, time
 from jaxgpt.train.workdir import lock
 with lock(sys.argv[1]):
     print('held', flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
