@@ -24,10 +24,9 @@ _RL = {
     "eval_interval_steps": 100,
     "checkpoint": {"save_interval_steps": 100},
 }
-_EXPECT = ("first.eval/scores < 0.6", "final_metrics.eval/scores > 0.9")
-
-
-_GREEDY = {"sft": "< 0.6", "grpo": "> 0.9", "ppo": "> 0.9"}
+# Seeds ended at 0.31 to 0.52 before, and at 0.955 to 0.998 after; the rest is room for others.
+_EXPECT = ("first.eval/scores.low < 0.7", "final_metrics.eval/scores.low > 0.8")
+_GREEDY = {"sft": "low < 0.7", "grpo": "low > 0.8", "ppo": "low > 0.8"}
 
 
 def _accuracy(stage: str, expected: str) -> dict:
@@ -36,7 +35,7 @@ def _accuracy(stage: str, expected: str) -> dict:
         "command": "evaluate",
         "title": f"Accuracy of greedy answers on held-out sums, after {stage}",
         "fields": {"init_from": f"@{stage}", "batch_size": 256, "tasks": {"sums": task}},
-        "expect": (f"final_metrics.sums/exact_match {expected}",),
+        "expect": (f"final_metrics.sums/exact_match.{expected}",),
     }
 
 

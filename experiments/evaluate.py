@@ -89,7 +89,7 @@ def finish(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inputs:
         stage="evaluate", config=to_dict(config), parents=inputs["parents"], data=inputs["data"],
         tokenizer_digest=model.tokenizer.digest,
         chat_template_digest=model.template.digest if model.template is not None else None,
-        final_metrics=results.final_metrics(found),
+        final_metrics=results.final_metrics(found), intervals=results.intervals(found),
     )  # fmt: skip
     workdirs.write_manifest(workdir, manifest)
     print(f"\n{results.table(found)}\n\nReport: {write_report(workdir)}")

@@ -6,19 +6,22 @@
 A config names the stages and what each is built on; see jaxgpt/pipeline/graph.py. Every stage is its ordinary command,
 printed before it runs, so that it can be copied. Run again, it resumes what was interrupted, keeps what is finished, and
 runs again what has changed with everything built on it; what is replaced is moved to WORKDIR/replaced. It ends with
-WORKDIR/report.html, and with exit code 1 where a stage has not done what its config expects.
+WORKDIR/report.html, which is there after the first stage already, and with exit code 1 at the first stage that has not done
+what its config expects: the report and the last lines say what, and how such a stage is run anew.
 """
 
 import itertools
 import json
 import os
+from typing import NoReturn
 
 import jax
 
 from experiments import cli
 from experiments.stages import fail, start, start_stage, wait
-from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, failed_expectations, key, substitute
-from jaxgpt.reporting.pipeline_report import Lineage, write_pipeline_report
+from jaxgpt.pipeline import expectations
+from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, key, substitute
+from jaxgpt.reporting.pipeline_report import Lineage, Verdict, held, write_pipeline_report
 from jaxgpt.train import workdir as workdirs
 
 
@@ -31,27 +34,33 @@ def main(config: PipelineConfig, workdir: str) -> None:
         order = config.order()
         folders = {name: os.path.join(workdir, name) for name in order}
         digests: dict[str, str] = {}
+        lineage: dict[str, Lineage] = {}
         for name in order:
             stage = config.stages[name]
             parents = {parent: digests[parent] for parent in sorted(stage.parents())}
             wanted = key(cli.plain_config(stage.spec), stage, parents)
             manifest = workdirs.read_manifest(folders[name])
-            if manifest is None or record.get(name) != wanted:
+            is_new = manifest is None or record.get(name) != wanted
+            if manifest is None or is_new:
                 put_aside(workdir, name, is_other=record.get(name) != wanted)
                 workdirs.write_atomic(path, json.dumps(record | {name: wanted}, indent=2) + "\n")
                 record[name] = wanted
                 manifest = run_stage(name, stage, folders)
-            judge(name, stage, folders[name], manifest)
             digests[name] = workdirs.manifest_digest(manifest)
+            verdicts = judge(stage, folders[name], manifest)
+            lineage[name] = Lineage(stage.title, digests[name], stage.parents(), verdicts)
             result = workdirs.summary(manifest.get("final_metrics", {}))
             print(f"{name} is finished{result and f': {result}'} [{digests[name][:12]}]", flush=True)
+            failed = [verdict for verdict in verdicts if not verdict.holds]
+            if is_new or failed:
+                write_pipeline_report(workdir, lineage, {})
+            if failed:
+                end(workdir, name, lineage, failed)
         samples = compare(config, folders, digests)
-        lineage = {
-            name: Lineage(config.stages[name].title, digests[name], config.stages[name].parents()) for name in order
-        }
         parents = {name: {"path": os.path.abspath(folders[name]), "digest": digests[name]} for name in order}
         workdirs.write_manifest(workdir, workdirs.base_manifest(stage="pipeline", parents=parents))
-        print(f"Report: {write_pipeline_report(workdir, lineage, samples)}")
+        report = write_pipeline_report(workdir, lineage, samples)
+        print(f"{held(lineage)} Report: {report}")
 
 
 def put_aside(root: str, name: str, *, is_other: bool) -> None:
@@ -75,12 +84,21 @@ def run_stage(name: str, stage: StageConfig, folders: dict[str, str]) -> dict:
     return manifest
 
 
-def judge(name: str, stage: StageConfig, folder: str, manifest: dict) -> None:
-    """Exit 1 where the stage has not done what its config expects."""
+def judge(stage: StageConfig, folder: str, manifest: dict) -> list[Verdict]:
+    """What became of the stage's expectations."""
     rows = workdirs.read_rows(os.path.join(folder, "metrics.jsonl"))
-    failed = failed_expectations(stage, manifest, {k: v for row in reversed(rows) for k, v in row.items()})
-    if failed:
-        fail(f"the stage {name} has not done what is expected of it: {'; '.join(failed)}.", 1)
+    return expectations.judge(stage.expect, manifest, {k: v for row in reversed(rows) for k, v in row.items()})
+
+
+def end(workdir: str, name: str, lineage: dict[str, Lineage], failed: list[Verdict]) -> NoReturn:
+    """Exit 1: the stage has not done what its config expects, and what is built on it does not run."""
+    print(f"{held(lineage)} Report: {os.path.join(workdir, 'report.html')}", flush=True)
+    fail(
+        f"the stage {name} has not done what is expected of it: {'; '.join(map(str, failed))}. The same command will say so "
+        f"again; to run the stage anew, change a field (--config.stages.{name}.fields.FIELD=VALUE) or move "
+        f"{os.path.join(workdir, name)} away.",
+        1,
+    )
 
 
 def compare(config: PipelineConfig, folders: dict[str, str], digests: dict[str, str]) -> dict[str, list[dict]]:

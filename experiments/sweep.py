@@ -24,7 +24,8 @@ from experiments import cli
 from experiments.scheduler import failure, log_path, missing, run_all, stage_path
 from experiments.stages import fail
 from jaxgpt.config import to_dict
-from jaxgpt.pipeline.graph import PipelineConfig, number
+from jaxgpt.pipeline.expectations import number
+from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, Trial, plan, varied
 from jaxgpt.reporting.sweep_report import print_table, ranked, show, table, write_sweep_report
 from jaxgpt.train import workdir as workdirs

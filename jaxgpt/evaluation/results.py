@@ -27,6 +27,15 @@ def final_metrics(tasks: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     return {f"{label}/{name}": m["value"] for label, task in tasks.items() for name, m in task["metrics"].items()}
 
 
+def intervals(tasks: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """task/metric -> the bounds of its 95 % interval, for the manifest; tasks: entries of results.json."""
+    return {
+        f"{label}/{name}": {"low": metric["low"], "high": metric["high"]}
+        for label, task in tasks.items()
+        for name, metric in task["metrics"].items()
+    }
+
+
 def table(tasks: Mapping[str, dict[str, Any]]) -> str:
     """The metrics of all tasks as lines of text."""
     rows = [("task", "metric", "value", "95 % interval", "n")]

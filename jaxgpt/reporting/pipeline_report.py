@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxgpt.reporting.report import image, page
-from jaxgpt.train.workdir import read_manifest, read_rows
+from jaxgpt.train.workdir import read_manifest, read_rows, write_atomic
 
 # What held-out data say of a model, in the order of the stages; with RL eval/loss is minus the gold reward.
 MEASURES = {
@@ -22,12 +22,31 @@ MEASURES = {
 }
 
 
+class Verdict(NamedTuple):
+    """An expectation, the two numbers that it compares, and whether it holds."""
+
+    text: str
+    left: float
+    right: float
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.left:.4g} against {self.right:.4g})"
+
+
 class Lineage(NamedTuple):
-    """A stage's title, the digest of its manifest, and the stages it is built on."""
+    """A stage's title, the digest of its manifest, the stages it is built on, and what became of its expectations."""
 
     title: str
     digest: str
     parents: set[str]
+    verdicts: Sequence[Verdict] = ()
+
+
+def held(stages: Mapping[str, Lineage]) -> str:
+    """How many of all expectations held, as a sentence; empty where there are none."""
+    verdicts = [verdict for stage in stages.values() for verdict in stage.verdicts]
+    return f"{sum(v.holds for v in verdicts)} of {len(verdicts)} expectations held." if verdicts else ""
 
 
 def write_pipeline_report(
@@ -36,10 +55,11 @@ def write_pipeline_report(
     """Write ROOT/report.html; returns its path.
 
     stages: name -> lineage, in order; the workdir of a stage is ROOT/NAME. samples: stage -> records with "prompt" and
-    "response", the same prompts for each.
+    "response", the same prompts for each. What has not been as expected comes first.
     """
     title = f"pipeline: {os.path.basename(os.path.abspath(root))}"
-    parts = [f"<h1>{html.escape(title)}</h1>", _before_and_after(root, stages), _side_by_side(samples)]
+    parts = [f"<h1>{html.escape(title)}</h1><p class=sub>{held(stages)}</p>", _failures(stages)]
+    parts += [_before_and_after(root, stages), _side_by_side(samples), _expectations(stages)]
     for name, stage in stages.items():
         plots = sorted(glob.glob(os.path.join(root, name, "plots", "*.png")))
         if plots:
@@ -52,9 +72,30 @@ def write_pipeline_report(
     )
     parts.append(f"<h2>Lineage</h2><table><tr><th>stage<th>built on<th>digest of its manifest</tr>{rows}</table>")
     path = os.path.join(root, "report.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page(title, parts))
+    write_atomic(path, page(title, parts))
     return path
+
+
+def _failures(stages: Mapping[str, Lineage]) -> str:
+    """What did not hold, in plain words."""
+    return "".join(
+        f'<p style="color: #d33"><b>The stage {html.escape(name)} has not done what is expected of it:</b> '
+        f"{html.escape(verdict.text)} should hold, but {verdict.left:.4g} stands against {verdict.right:.4g}.</p>"
+        for name, stage in stages.items()
+        for verdict in stage.verdicts
+        if not verdict.holds
+    )
+
+
+def _expectations(stages: Mapping[str, Lineage]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{html.escape(verdict.text)}<td class=number>{verdict.left:.4g}"
+        f"<td class=number>{verdict.right:.4g}<td>{'yes' if verdict.holds else 'no'}"
+        for name, stage in stages.items()
+        for verdict in stage.verdicts
+    )
+    head = "<tr><th>stage<th>what is expected<th>left<th>right<th>held</tr>"
+    return f"<h2>Expectations</h2><table>{head}{rows}</table>" if rows else ""
 
 
 def _before_and_after(root: str, stages: Mapping[str, Lineage]) -> str:

@@ -56,7 +56,10 @@ def response_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
 def make_evaluate(
     parts: Builder, prompts: PromptSet | None, log_samples: SampleLog
 ) -> Callable[[RLState, Params, int], dict[str, float]]:
-    """Answers to held-out prompts, always drawn with the same keys: their scores, gold, KL, lengths, and how long it took."""
+    """Answers to held-out prompts, always drawn with the same keys: their scores, gold, KL, lengths, and how long it took.
+
+    eval/scores_stderr and eval/gold_stderr are standard errors over prompts, whose answers are not independent.
+    """
     if prompts is None:
         return lambda state, frozen, step: {}
     config, setup, mesh = parts.config, parts.setup, parts.mesh
@@ -111,6 +114,10 @@ def make_evaluate(
         means = {name: np.concatenate(values) for name, values in columns.items()}
         log_samples(step, _samples(config, prompts, chosen, texts, means))
         row = {f"eval/{name}": float(values.mean()) for name, values in means.items()}
+        for name in [name for name in ("scores", "gold") if name in means]:
+            by_prompt = means[name].reshape(-1, config.num_eval_samples).mean(axis=1)
+            if len(by_prompt) > 1:
+                row[f"eval/{name}_stderr"] = float(by_prompt.std(ddof=1) / np.sqrt(len(by_prompt)))
         row |= {"eval/loss": -row.get("eval/gold", row["eval/scores"])}
         return row | ({"time/rollout_seconds": float(np.mean(seconds))} if seconds else {})
 

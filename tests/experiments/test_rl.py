@@ -122,7 +122,7 @@ def test_a_run_leaves_what_the_contract_says(runs, name):
     assert names < logged[1].keys()
     assert logged[1]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert logged[1]["rollout/logprob_gap"] < 1e-4
-    assert {"eval/scores", "eval/kl", "eval/mean_length"} < logged[6].keys()
+    assert {"eval/scores", "eval/scores_stderr", "eval/kl", "eval/mean_length"} < logged[6].keys()
     timed = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert timed["time/rollout_seconds"] > 0
     assert timed["time/update_seconds"] > 0

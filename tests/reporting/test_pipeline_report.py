@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from jaxgpt.reporting.pipeline_report import Lineage, write_pipeline_report
+from jaxgpt.reporting.pipeline_report import Lineage, Verdict, write_pipeline_report
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -40,3 +40,20 @@ def test_before_and_after_samples_and_lineage_are_shown(tmp_path):
         "&lt;What&gt;?", "sft &amp; co", "ppo &amp; co"
     ]  # fmt: skip
     assert table(page, "Lineage")[2:4] == [["ppo", "sft", "1" * 12], ["final", "ppo", "2" * 12]]
+
+
+def test_a_failed_expectation_comes_first_and_in_plain_words(tmp_path):
+    good, bad = Verdict("first.a < 1", 0.5, 1.0, True), Verdict("final_metrics.r.high > 0.4", 0.31, 0.4, False)
+    stages = {"sft": Lineage("", "0" * 64, set(), [good]), "judged": Lineage("", "1" * 64, {"sft"}, [good, bad])}
+    page = pathlib.Path(write_pipeline_report(str(tmp_path), stages, {})).read_text()
+    assert "<p class=sub>2 of 3 expectations held.</p>" in page
+    failure = "final_metrics.r.high &gt; 0.4 should hold, but 0.31 stands against 0.4."
+    assert (
+        page.index("The stage judged has not done what is expected of it:") < page.index(failure) < page.index("<h2>")
+    )
+    assert table(page, "Expectations")[1:] == [
+        ["sft", "first.a &lt; 1", "0.5", "1", "yes"],
+        ["judged", "first.a &lt; 1", "0.5", "1", "yes"],
+        ["judged", "final_metrics.r.high &gt; 0.4", "0.31", "0.4", "no"],
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
