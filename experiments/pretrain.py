@@ -17,7 +17,7 @@ from experiments import cli
 from experiments.training import Job, sample_writer, train_in
 from jaxgpt import partition
 from jaxgpt.data import pipeline
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
 from jaxgpt.train.config import PretrainConfig
@@ -28,7 +28,7 @@ from jaxgpt.train.throughput import training_flops_per_token
 
 def main(config: PretrainConfig, workdir: str) -> None:
     """Train the run in `workdir`, or go on with it."""
-    tokenizer = Tokenizer.from_dir(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer)
     train_in(workdir, "pretrain", config, config.model, functools.partial(prepare, config, workdir, tokenizer))
 

@@ -1,4 +1,4 @@
-"""Tokenizers of other models: a tokenizer.json (byte-level BPE, or sentencepiece's pieces) in place of Tokenizer."""
+"""Tokenizers of other models: a tokenizer.json (byte-level BPE, or sentencepiece's pieces) in place of ours."""
 
 import hashlib
 import json
@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.data.tokenizer import SPACE
-
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _NAMES = ("bos_token", "eos_token", "pad_token")
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SPACE = "\u2581"  # what sentencepiece writes for a space, so that a text's own is taken for one
 
 
 class HFTokenizer:
-    """A tokenizer.json with the attributes and methods of jaxgpt.data.tokenizer.Tokenizer.
+    """A tokenizer.json as a jaxgpt.data.tokenizer.Tokenizer.
 
     It gives the ids that transformers gives, but for special tokens, which never come out of text here. bos_id: the
     special token that it puts before a text, None where it puts none. pad_id: EOS where it has no padding token.
@@ -48,11 +47,11 @@ class HFTokenizer:
         pad = self.names["pad_token"]
         self.pad_id = self.eos_id if pad is None else self.special_ids[pad]
         self._tokenizer.encode_special_tokens = True  # as text, that is
-        sizes = dict(_token_bytes(json.loads(source), self._tokenizer))
-        special = set(self.special_ids.values())
-        self.token_bytes_V = np.array(
-            [0 if i in special else len(sizes.get(i, b"")) for i in range(self.vocab_size)], np.int32
-        )
+        spec = json.loads(source)
+        known = dict(_token_bytes(spec, self._tokenizer)) | dict.fromkeys(self.special_ids.values(), b"")
+        self._bytes = [known.get(i, b"") for i in range(self.vocab_size)]
+        self._has_dummy_prefix = _strips_a_space(spec)
+        self.token_bytes_V = np.array([len(b) for b in self._bytes], np.int32)
         self.digest = hashlib.sha256((source + json.dumps(self.names, sort_keys=True)).encode()).hexdigest()
 
     @classmethod
@@ -92,8 +91,16 @@ class HFTokenizer:
         return [np.array(one.ids, np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens stand for nothing, what is no UTF-8 for U+FFFD."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The text of ids; special tokens stand for nothing, a cut UTF-8 sequence for U+FFFD.
+
+        The space is left out that some tokenizers put before every text.
+        """
+        data = self.decode_bytes(ids)
+        return (data.removeprefix(b" ") if self._has_dummy_prefix else data).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that ids stand for, each by itself."""
+        return b"".join(self._bytes[i] for i in ids)
 
     def piece(self, i: int) -> str:
         """What an id looks like, for tables."""
@@ -108,23 +115,35 @@ class HFTokenizer:
 
 def _token_bytes(spec: dict, tokenizer: Any) -> Iterator[tuple[int, bytes]]:
     """(id, the UTF-8 bytes it stands for) of every token; ValueError for a kind of pieces that is not known."""
-    decoder = spec.get("decoder") or {}
-    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
+    kinds = {part.get("type") for part in _decoders(spec)}
     added = {token["content"] for token in spec.get("added_tokens", ())}
     of_character = _byte_of_character()
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-        raise ValueError(
-            f"{FILE}: pieces with the decoder {decoder.get('type')} are neither bytes nor sentencepiece's."
-        )
+        decoder = (spec.get("decoder") or {}).get("type")
+        raise ValueError(f"{FILE}: pieces with the decoder {decoder} are neither bytes nor sentencepiece's.")
     for piece, i in tokenizer.get_vocab(with_added_tokens=True).items():
-        if piece in added:
-            yield i, piece.encode()
-        elif "ByteLevel" in kinds:
-            yield i, bytes(of_character.get(character, 0) for character in piece)
-        elif match := _BYTE.fullmatch(piece):
+        if "ByteLevel" in kinds:
+            is_bytes = piece not in added and of_character.keys() >= set(piece)
+            yield i, bytes(of_character[character] for character in piece) if is_bytes else piece.encode()
+        elif "ByteFallback" in kinds and (match := _BYTE.fullmatch(piece)):
             yield i, bytes([int(match[1], 16)])
         else:
             yield i, piece.replace(SPACE, " ").encode()
+
+
+def _decoders(spec: dict) -> list[dict]:
+    """The steps by which a tokenizer.json makes text of pieces."""
+    decoder = spec.get("decoder") or {}
+    return [decoder, *decoder.get("decoders", ())]
+
+
+def _strips_a_space(spec: dict) -> bool:
+    """Whether its texts begin with a space that is not theirs, which decoding takes away."""
+    return any(
+        (step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0)
+        or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in _decoders(spec)
+    )
 
 
 def _byte_of_character() -> dict[str, int]:

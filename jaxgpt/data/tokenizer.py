@@ -1,4 +1,6 @@
-"""Tokenizers: sentencepiece for what it learns, and a byte table that makes every text come back exactly."""
+"""Tokenizers: what each of them can do, and ours: sentencepiece for what it learns, and a byte table that makes every text
+come back exactly.
+"""
 
 import dataclasses
 import hashlib
@@ -7,10 +9,13 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import sentencepiece
+
+from jaxgpt.data.hf_tokenizer import FILE as HF_FILE
+from jaxgpt.data.hf_tokenizer import SPACE, HFTokenizer
 
 # Reserved from the start, so that no later stage resizes a vocabulary: ids 0, 1, 2, ... in this order.
 META = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -18,7 +23,6 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 RESERVED = tuple(f"<|reserved_{i}|>" for i in range(7))
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 
-SPACE = "\u2581"  # what sentencepiece writes for a space, so that a text's own is taken for one
 RAW = re.compile("[\u2581\0]")  # characters that sentencepiece does not keep apart; they become byte pieces here
 CHUNK_BYTES = 2000  # sentencepiece silently drops longer training sentences (over 4192 bytes)
 
@@ -47,12 +51,68 @@ class TokenizerConfig:
             raise ValueError(f"tokenizer.max_sentences must be at least 1, not {self.max_sentences}.")
 
 
-class Tokenizer:
-    """Text to ids and back, without loss for any text.
+class Tokenizer(Protocol):
+    """Text to ids and back. Special tokens never come out of text, even of text that looks like them.
 
-    Text outside the vocabulary becomes byte pieces. The reserved tokens never come out of text, even of text that looks
-    like them. pad_id, bos_id, eos_id: 0, 1, 2. special_ids: name -> id of all reserved tokens. vocab_size: number of ids.
-    token_bytes_V: i32, UTF-8 bytes each id stands for, 0 for reserved ones. model: the model file; digest: its sha256 (hex).
+    bos_id: what begins a text, None where nothing does. special_ids: name -> id of all special tokens. vocab_size: one more
+    than the largest id. token_bytes_V: i32, UTF-8 bytes each id stands for, 0 for special ones. digest: sha256 (hex) of
+    what it is made from.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+    special_ids: dict[str, int]
+    token_bytes_V: np.ndarray
+    digest: str
+
+    def __hash__(self) -> int: ...
+
+    def save(self, folder: str) -> None:
+        """Write its files to a folder, from which `load_tokenizer` reads them."""
+
+    def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> np.ndarray:
+        """Ids of a text, i32 [n]; add_bos has no effect where there is none."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, i32 [n], on all cores."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens stand for nothing, a cut UTF-8 sequence for U+FFFD."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that ids stand for, each by itself: those of two sequences joined are the bytes of both."""
+
+    def piece(self, i: int) -> str:
+        """What an id looks like, for tables."""
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a folder (its tokenizer.model, or the tokenizer.json of an imported model), or of a model file.
+
+    Raises ValueError where there is none.
+    """
+    file = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else path
+    if os.path.isfile(os.path.join(path, HF_FILE)) and not os.path.isfile(file):
+        return HFTokenizer.from_dir(path)
+    if not path or not os.path.isfile(file):
+        raise ValueError(
+            f"data.tokenizer={path!r} is neither a folder with a tokenizer.model (or a {HF_FILE}) nor a model file; "
+            "make one with python -m experiments.tokenizer."
+        )
+    with open(file, "rb") as handle:
+        model = handle.read()
+    try:
+        return SentencePieceTokenizer(model)
+    except RuntimeError as error:
+        raise ValueError(f"data.tokenizer: {file} is not a sentencepiece model.") from error
+
+
+class SentencePieceTokenizer:
+    """The project's own Tokenizer, without loss for any text: what is outside of the vocabulary becomes byte pieces.
+
+    pad_id, bos_id, eos_id: 0, 1, 2. special_ids: the reserved tokens. model: the model file, of which digest is.
     """
 
     def __init__(self, model: bytes):
@@ -68,7 +128,10 @@ class Tokenizer:
                 f"The tokenizer model has no piece {missing[0]!r}; it was not made by experiments.tokenizer."
             )
         self.special_ids = {name: ids[name] for name in reserved}
-        self.pad_id, self.bos_id, self.eos_id, self._unk_id = (ids[name] for name in META)
+        self.pad_id: int = ids[META[0]]
+        self.bos_id: int | None = ids[META[1]]
+        self.eos_id: int = ids[META[2]]
+        self._unk_id: int = ids[META[3]]
         self._byte_ids = np.array([ids[name] for name in BYTES], np.int32)
         self._pieces = pieces
         self._bytes = [piece.replace(SPACE, " ").encode() for piece in pieces]
@@ -78,31 +141,6 @@ class Tokenizer:
             self._bytes[ids[name]] = bytes([value])
         self.token_bytes_V = np.array([len(b) for b in self._bytes], np.int32)
         self.digest = hashlib.sha256(model).hexdigest()
-
-    @classmethod
-    def from_dir(cls, path: str) -> "Tokenizer":
-        """The tokenizer of a workdir (its tokenizer.model), or of a model file; ValueError where there is none.
-
-        A folder with a tokenizer.json instead, of an imported model, gives an HFTokenizer, which has the same interface.
-        """
-        if os.path.isfile(os.path.join(path, "tokenizer.json")) and not os.path.isfile(
-            os.path.join(path, "tokenizer.model")
-        ):
-            from jaxgpt.data.hf_tokenizer import HFTokenizer  # which knows this module
-
-            return cast("Tokenizer", HFTokenizer.from_dir(path))
-        file = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else path
-        if not path or not os.path.isfile(file):
-            raise ValueError(
-                f"data.tokenizer={path!r} is neither a folder with a tokenizer.model (or a tokenizer.json) nor a model file; "
-                "make one with python -m experiments.tokenizer."
-            )
-        with open(file, "rb") as handle:
-            model = handle.read()
-        try:
-            return cls(model)
-        except RuntimeError as error:
-            raise ValueError(f"data.tokenizer: {file} is not a sentencepiece model.") from error
 
     def save(self, folder: str) -> None:
         """Write FOLDER/tokenizer.model."""
@@ -161,7 +199,7 @@ class Tokenizer:
         return self._pieces[i]
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Train on a stream of texts; the same texts and config give the same tokenizer.
 
     Raises ValueError naming tokenizer.vocab_size and a size that fits, where the texts do not fill (or exceed) it.
@@ -205,7 +243,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         )
     except RuntimeError as error:
         raise ValueError(_size_message(str(error), config)) from error
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _size_message(error: str, config: TokenizerConfig) -> str:

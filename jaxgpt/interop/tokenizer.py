@@ -18,20 +18,20 @@ byte, and we of each invalid sequence.
 
 import json
 import os
-from typing import Any, cast
+from typing import Any
 
 import sentencepiece
 
 from jaxgpt.data.chat import FILE_NAME, ChatTemplate, Message, begins_with_bos, marker_aliases
 from jaxgpt.data.hf_tokenizer import CONFIG, FILE, HFTokenizer
-from jaxgpt.data.tokenizer import RESERVED, Tokenizer
+from jaxgpt.data.tokenizer import RESERVED, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.interop.sentencepieces import token_names, tokenizer_json
 
 
 def read_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a checkpoint: its tokenizer.json, or its sentencepiece tokenizer.model, ours or another project's."""
     if os.path.isfile(os.path.join(folder, FILE)):
-        return cast(Tokenizer, HFTokenizer.from_dir(folder))
+        return HFTokenizer.from_dir(folder)
     path = os.path.join(folder, "tokenizer.model")
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no tokenizer: neither {FILE} nor tokenizer.model.")
@@ -40,10 +40,10 @@ def read_tokenizer(folder: str) -> Tokenizer:
     except RuntimeError as error:
         raise ValueError(f"{path} is not a sentencepiece model.") from error
     if pieces.id_to_piece(pieces.piece_to_id(RESERVED[0])) == RESERVED[0]:
-        return Tokenizer.from_dir(folder)
+        return load_tokenizer(folder)
     with open(path, "rb") as file:
         model = file.read()
-    return cast(Tokenizer, HFTokenizer(json.dumps(tokenizer_json(model)), token_names(model)))
+    return HFTokenizer(json.dumps(tokenizer_json(model)), token_names(model))
 
 
 def read_template(folder: str) -> ChatTemplate | None:
@@ -69,6 +69,7 @@ def write_tokenizer(
     if isinstance(tokenizer, HFTokenizer):
         source, names = tokenizer.source, dict(tokenizer.names)
     else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)  # for the type checker
         source = json.dumps(tokenizer_json(tokenizer.model), ensure_ascii=False)
         names = token_names(tokenizer.model)
     config: dict[str, Any] = {

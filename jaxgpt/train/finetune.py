@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import tree
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.train.config import RunConfig
@@ -89,7 +89,7 @@ def start_from(config: FinetuneConfig, *, head: Literal["lm", "scalar"] = "lm") 
     if not config.init_from:
         raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the model to start from.")
     parent = read_run(config.init_from)
-    tokenizer = Tokenizer.from_dir(config.data.tokenizer) if config.data.tokenizer else parent.tokenizer
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else parent.tokenizer
     template = parent.template
     if config.chat_template or template is None:
         template = ChatTemplate.from_config(config.chat_template or DEFAULT_TEMPLATE, "chat_template")

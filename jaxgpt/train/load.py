@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxgpt import config as config_lib
 from jaxgpt import partition, tree
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.objectives.ppo import VALUE_HEAD
@@ -40,7 +40,7 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer it was trained with."""
-        return Tokenizer.from_dir(self.workdir)
+        return load_tokenizer(self.workdir)
 
     @functools.cached_property
     def template(self) -> ChatTemplate | None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
 WORDS = [
     "the",
@@ -99,7 +99,7 @@ def test_training_is_deterministic_and_the_digest_is_that_of_the_file(trained, t
     assert again.digest == trained["bpe"].digest
     again.save(str(tmp_path))
     assert hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest() == again.digest
-    assert Tokenizer.from_dir(str(tmp_path)).digest == again.digest
+    assert load_tokenizer(str(tmp_path)).digest == again.digest
 
 
 def test_batches_equal_single_texts(trained):
@@ -118,10 +118,10 @@ def test_an_impossible_vocabulary_names_one_that_fits(kind, size, words):
 
 def test_a_missing_or_foreign_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="data.tokenizer='nowhere'"):
-        Tokenizer.from_dir("nowhere")
+        load_tokenizer("nowhere")
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
-        Tokenizer.from_dir(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_the_reservoir_is_uniform():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jaxgpt.data.chat import ChatTemplate, Message
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import load_tokenizer
 from tests.experiments.conftest import command, with_template
 
 SHORT = ("--config=configs/chat.py:greedy", "--config.max_new_tokens=6")
@@ -78,7 +78,7 @@ def test_turns_settings_and_files_of_a_conversation(assistant, tmp_path):
 
 
 def test_a_conversation_that_no_longer_fits_loses_its_oldest_turns_and_says_so(assistant):
-    template, tokenizer = ChatTemplate.from_dir(assistant), Tokenizer.from_dir(assistant)
+    template, tokenizer = ChatTemplate.from_dir(assistant), load_tokenizer(assistant)
     message = "Ann likes Bob and Dora likes 3."
     alone = len(template.encode_prompt(tokenizer, [Message("user", message)]))
     assert alone <= 64 - 6 < 2 * alone  # two turns and a response do not fit the context of 64

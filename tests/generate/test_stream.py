@@ -1,12 +1,16 @@
 """Text as it comes, against the whole text cut at its first stop string."""
 
+import dataclasses
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from jaxgpt.generate.engine import Token
-from jaxgpt.generate.stream import TextStream
+from jaxgpt.generate.engine import Request, Token
+from jaxgpt.generate.stream import TextEngine, TextStream
+from tests.generate.reference import CFG
+from tests.generate.test_engine import make_engine
 
 TEXT = "ab ba aab ünï \u20ac\U0001f600 abab "
 
@@ -86,3 +90,31 @@ def test_tokens_of_a_stop_string_are_left_out_and_ids_beyond_the_vocabulary_are_
 def test_a_prefix_is_left_out_where_the_text_begins_with_it(tokenizer, text, expected):
     pieces = push_all(TextStream(tokenizer, prefix=" "), tokenizer.encode(text))
     assert "".join(piece.text for piece in pieces) == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama3", "gemma", "llama2", "mistral"])
+def test_a_tokenizer_of_another_model_streams_characters_that_several_tokens_make(kind):
+    pytest.importorskip("tokenizers")
+    from tests.data.foreign import foreign
+
+    tokenizer, text = foreign(kind), "ab \u65e5\u672c\u8a9e \U0001f600\u00e9!"
+    ids = tokenizer.encode(text).tolist()
+    assert len(ids) > len(text)
+    pieces = push_all(TextStream(tokenizer, prefix=" " if kind in ("llama2", "mistral") else ""), ids)
+    assert "".join(piece.text for piece in pieces) == text == tokenizer.decode(ids)
+    assert all("\ufffd" not in piece.text for piece in pieces)
+
+
+def test_an_engine_gives_the_text_of_the_tokens_it_draws_with_a_tokenizer_of_another_model():
+    pytest.importorskip("tokenizers")
+    from tests.data.foreign import foreign
+
+    tokenizer = foreign("qwen")
+    engine = TextEngine(make_engine(dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size + 3)), tokenizer)
+    request = Request(tokenizer.encode("the fox", add_bos=True).tolist(), 20, (tokenizer.eos_id,))
+    pieces = list(engine.stream(request))
+    ids = [token.id for piece in pieces for _, token in piece.tokens]
+    assert len(ids) > 10
+    text = "".join(piece.text for piece in pieces)
+    assert text == tokenizer.decode_bytes(ids).decode(errors="replace")
+    assert len({piece.text for piece in pieces}) > 5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.generate import loop
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import pad_prompts
@@ -145,7 +145,7 @@ def test_a_tokenizer_that_was_imported_goes_out_again(transformers, tmp_path):
     for name, source in (("qwen", byte_level()), ("llama3", byte_level(bos=SPECIAL[0]))):
         folder = tmp_path / name
         (folder / "again").mkdir(parents=True)
-        ours = Tokenizer.from_dir(folder_of(folder, source, bos_token=SPECIAL[0]))
+        ours = load_tokenizer(folder_of(folder, source, bos_token=SPECIAL[0]))
         write_tokenizer(ours, ChatTemplate.from_config("chatml"), str(folder / "again"), 64)
         theirs = transformers.AutoTokenizer.from_pretrained(folder / "again")
         assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data.chat import ChatTemplate, Message
-from jaxgpt.data.tokenizer import RAW, Tokenizer, TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import RAW, TokenizerConfig, load_tokenizer, train_tokenizer
 from jaxgpt.interop.sentencepieces import tokenizer_json
 from jaxgpt.interop.tokenizer import read_template, read_tokenizer, write_tokenizer
 from tests.data.test_tokenizer import HARD, TEXTS
@@ -132,7 +132,7 @@ def qwen(tmp_path_factory):
 
 
 def test_a_foreign_tokenizer_has_the_interface_of_ours(qwen, tmp_path):
-    ours = Tokenizer.from_dir(qwen)
+    ours = load_tokenizer(qwen)
     theirs = tokenizers.Tokenizer.from_file(f"{qwen}/tokenizer.json")
     ids = {name: theirs.token_to_id(name) for name in SPECIAL}
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, ids["<|im_end|>"], ids["<|endoftext|>"])
@@ -151,19 +151,19 @@ def test_a_foreign_tokenizer_has_the_interface_of_ours(qwen, tmp_path):
     assert theirs.token_to_id("<think>") in ours.encode(text)
     assert ours.decode([ids["<|im_end|>"], *ours.encode("x")]) == "x"
     ours.save(str(tmp_path))
-    again = Tokenizer.from_dir(str(tmp_path))
+    again = load_tokenizer(str(tmp_path))
     assert (again.digest, again.special_ids) == (ours.digest, ours.special_ids)
 
 
 def test_bos_is_what_the_tokenizer_puts_before_a_text(tmp_path):
-    ours = Tokenizer.from_dir(folder_of(tmp_path, byte_level(bos="<|endoftext|>")))
+    ours = load_tokenizer(folder_of(tmp_path, byte_level(bos="<|endoftext|>")))
     assert ours.bos_id == ours.special_ids["<|endoftext|>"]
     assert ours.encode("x", add_bos=True)[0] == ours.bos_id
 
 
 def test_pieces_of_sentencepiece_are_counted_in_bytes(trained, tmp_path):
     write_tokenizer(trained["bpe"], None, str(tmp_path), 64)
-    again = Tokenizer.from_dir(str(tmp_path))
+    again = load_tokenizer(str(tmp_path))
     np.testing.assert_array_equal(again.token_bytes_V, trained["bpe"].token_bytes_V)
     assert again.special_ids == trained["bpe"].special_ids
     for text in HARD:
@@ -209,7 +209,7 @@ def test_a_sentencepiece_model_of_another_project_gives_its_ids(tmp_path, option
 
 
 def test_templates_use_the_special_tokens_that_there_are(qwen):
-    ours = Tokenizer.from_dir(qwen)
+    ours = load_tokenizer(qwen)
     start, end = ours.special_ids["<|im_start|>"], ours.special_ids["<|im_end|>"]
     messages = [Message("user", "the <|im_end|> fox"), Message("assistant", "a dog")]
     chatml = ChatTemplate.from_config("chatml")
