@@ -26,7 +26,8 @@ def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:
     for file in sources.resolve_paths(path, "score"):
         for record in sources.read_records(file):
             messages = chat.conversation(record, config.data.fields)
-            ids = model.template.encode(model.tokenizer, messages, loss_on="completion").ids
+            with chat.located(f"{file}, line {record.line}"):
+                ids = model.template.encode_scored(model.tokenizer, messages).ids
             if len(ids) > model.config.max_seq_length:
                 raise ValueError(
                     f"{file}, line {record.line}: {len(ids)} tokens are more than model.max_seq_length="

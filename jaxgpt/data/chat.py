@@ -4,6 +4,7 @@ Prompt and response give the same tokens together and apart, because the text is
 tokens, and before and after every assistant turn.
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jinja2
@@ -179,6 +180,16 @@ class ChatTemplate:
             return Encoded(ids, ids != tokenizer.bos_id)
         return Encoded(ids, turns == turns.max() if loss_on == "completion" else turns > 0)
 
+    def encode_scored(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+        """`encode` with loss_on="completion", up to the first of `stop_ids` in the last turn, at which a reward is read.
+
+        A response that a model writes ends there, too, whatever the template writes after it. One that is cut off before
+        (by a limit of its length) has no such token: its reward is read at its last token.
+        """
+        ids, trained = self.encode(tokenizer, messages, loss_on="completion")
+        end = np.flatnonzero(trained & np.isin(ids, self.stop_ids(tokenizer)))[0] + 1
+        return Encoded(ids[:end], trained[:end])
+
     def encode_prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
         """Token ids (i32) of a conversation that awaits the assistant: a prefix of what `encode` gives with its answer.
 
@@ -190,9 +201,7 @@ class ChatTemplate:
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an assistant turn: EOS, and the template's own end marker."""
-        ids, turns = self._tokenize(tokenizer, [Message("user", "a"), Message("assistant", "b")])
-        end = int(ids[turns > 0][-1])
-        return (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
+        return _stop_ids(self, tokenizer)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -254,6 +263,22 @@ class ChatTemplate:
                 raise ValueError(f"Chat template {self.name} leaves out the content of assistant message {stop}.")
             spans.append((span, is_response))
         return spans
+
+
+@functools.lru_cache(maxsize=4)
+def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    ids, trained = template.encode(tokenizer, [Message("user", "a"), Message("assistant", "b")], loss_on="completion")
+    end = int(ids[trained][-1])
+    return (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """A ValueError of what is done within begins with `where`: "path, line n"."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 class _Markers(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxgpt.data import chat, sources
-from jaxgpt.data.chat import ChatTemplate, Encoded, Message
+from jaxgpt.data.chat import ChatTemplate, Encoded
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.token_cache import Split, TokenizedSource, cached_source, token_dtype, write_meta
 from jaxgpt.data.tokenizer import Tokenizer
@@ -84,21 +84,14 @@ def _example(
             )
         notes["dropped, empty response"] += 1
         return None
-    encoded = encode(record, template, tokenizer, record.content, sft.loss_on)
-    response = encoded.trained
-    if sft.loss_on == "all" and len(encoded.ids) > limit:  # the prompt is trained on, but cannot stand for a response
-        response = encode(record, template, tokenizer, record.content, "assistant").trained
+    with chat.located(f"{record.path}, line {record.line}"):
+        encoded = template.encode(tokenizer, record.content, loss_on=sft.loss_on)
+        response = encoded.trained
+        if (
+            sft.loss_on == "all" and len(encoded.ids) > limit
+        ):  # the prompt is trained on, but cannot stand for a response
+            response = template.encode(tokenizer, record.content, loss_on="completion").trained
     return fit(encoded, limit, sft.too_long, notes, response)
-
-
-def encode(
-    record: "Located", template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], loss_on: chat.LossOn
-) -> Encoded:
-    """`template.encode`, whose mistakes name file and line."""
-    try:
-        return template.encode(tokenizer, messages, loss_on=loss_on)
-    except ValueError as error:
-        raise ValueError(f"{record.path}, line {record.line}: {error}") from error
 
 
 def fit(

@@ -19,7 +19,6 @@ from jaxgpt.data.conversations import (
     Located,
     TooLong,
     check_left,
-    encode,
     fit,
     records_of_side,
     split_recipe,
@@ -216,7 +215,7 @@ def tokenize_preferences(
 
     A prompt with a response that does not fit data.sequence_length is dropped whole, or its responses are truncated, as
     too_long says; dropped is also one with an empty response, or with two that truncation makes equal. All are counted in
-    `source.notes`. Trained on is each conversation's last turn.
+    `source.notes`. Trained on is each conversation's last turn, with which the row ends (`ChatTemplate.encode_scored`).
 
     Raises ValueError naming file and line, for records as `preference`; where nothing is left.
     """
@@ -243,7 +242,8 @@ def tokenize_preferences(
             (folder / f"{name}.bin").write_bytes(values.tobytes())
 
     recipe = {
-        "kind": "preferences", "template": template.digest, "too_long": too_long, "limit": config.sequence_length,
+        "kind": "preferences", "ends": "stop id", "template": template.digest, "too_long": too_long,
+        "limit": config.sequence_length,
         **split_recipe(config, split),
     }  # fmt: skip
     source = cached_source(cache_dir, paths, tokenizer, config, recipe, write)
@@ -260,7 +260,8 @@ def _fit_all(
     for messages in record.content.conversations:
         if not messages[-1].content.strip():
             return [], "dropped, empty response"
-        encoded = encode(record, template, tokenizer, messages, "completion")
+        with chat.located(f"{record.path}, line {record.line}"):
+            encoded = template.encode_scored(tokenizer, messages)
         counted: collections.Counter = collections.Counter()
         fitted = fit(encoded, config.sequence_length, too_long, counted, encoded.trained)
         note = next(iter(counted), note)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.data import conversations, preference, sources
-from jaxgpt.data.chat import ChatTemplate, Message
+from jaxgpt.data.chat import ChatTemplate, Message, located
 from jaxgpt.data.config import DataConfig
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.results import Result
@@ -55,11 +55,8 @@ class RewardModel:
         tokenizer, limit = self.model.tokenizer, self.model.config.max_seq_length
         sequences = []
         for prompt, response, place in zip(prompts, responses, where, strict=True):
-            try:
-                messages = [*prompt, Message("assistant", response)]
-                encoded = self.template.encode(tokenizer, messages, loss_on="completion")
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+            with located(place):
+                encoded = self.template.encode_scored(tokenizer, [*prompt, Message("assistant", response)])
             fitted = conversations.fit(encoded, limit, "truncate_left", Counter(), np.ones(len(encoded.ids), bool))
             sequences.append((fitted or encoded).ids)
         return scoring.score_sequences(self.scorer, sequences, batch_size, tokenizer.pad_id)
