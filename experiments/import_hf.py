@@ -38,6 +38,11 @@ def main(config: Config, workdir: str) -> None:
         with workdirs.new_folder(workdir) as folder:
             manifest = import_checkpoint(source, folder, config.dtype)
         print(f"{workdir}: a {manifest['family']} model from {source}.")
+        if manifest.get("untied"):
+            print(
+                "config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: the model has been "
+                "imported untied, with the head that is stored (model.tie_embeddings=False)."
+            )
         return
     if manifest["stage"] != "import" or (manifest["source"], manifest["dtype"]) != (source, config.dtype):
         raise ValueError(f"--workdir={workdir} holds something else; use another folder for {source}.")

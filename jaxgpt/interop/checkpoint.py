@@ -1,7 +1,9 @@
 """Checkpoints of Hugging Face transformers: safetensors, config and tokenizer, read and written tensor by tensor."""
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.interop import tokenizer as interop_tokenizer
 from jaxgpt.interop.families import config_from_hf, config_to_hf
-from jaxgpt.interop.names import BASE_PREFIXES, Layout
+from jaxgpt.interop.names import BASE_PREFIXES, TABLES, Layout
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.train import workdir as workdirs
@@ -34,20 +36,29 @@ DTYPES: dict[str, np.dtype] = {
 MAX_FILE_BYTES = 5_000_000_000  # of a file of weights, as on the hub
 # Buffers that older releases kept among the weights.
 _NO_PARAMETER = re.compile(r"attn\.(masked_)?bias|.*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+_HEAD = "lm_head.weight"
+_COMPARED = 1 << 24  # numbers of two tensors that are compared at a time
 # Ours has a bias, a classifier of transformers has none: see `export_checkpoint`.
 _NOT_STORED = "head/bias"
 
 
 class _Source:
-    """A folder's config, and its tensors under the paths of our parameters."""
+    """A folder's config, and its tensors under the paths of our parameters.
+
+    is_untied: whether config.json ties the head to the embedding, but the head that is stored is another one. It is the one
+    that counts then, as in transformers 5, and `config` says so.
+    """
 
     def __init__(self, folder: str):
         self.values = read_config(folder)
         self.config = config_from_hf(self.values)
+        self._folder, self._stored = folder, open_weights(folder)
+        self.is_untied = self.config.tie_embeddings and self.config.head == "lm" and not self._is_head_the_embedding()
+        if self.is_untied:
+            self.config = dataclasses.replace(self.config, tie_embeddings=False)
         self.layout = Layout(self.values["model_type"], self.config)
         boxed = jax.eval_shape(functools.partial(decoder.init_params, self.config), jax.random.key(0))
         self.abstract = tree.named_leaves(partition.unbox(boxed))
-        self._folder, self._stored = folder, open_weights(folder)
         self._tensors = {path: self._find(path) for path in self.abstract if path != _NOT_STORED}
         self._check_rest()
 
@@ -89,6 +100,18 @@ class _Source:
             found.append(self._stored[name])
         return found
 
+    def _is_head_the_embedding(self) -> bool:
+        """Whether there is no head beside the embedding, or one with the same numbers."""
+        head = self._stored.get(_HEAD)
+        embedding = self._stored.get(self._name(TABLES[self.values["model_type"]]["embedder/embedding"].name))
+        if head is None or embedding is None:  # a missing embedding is refused where it is looked for
+            return True
+        if head.shape != embedding.shape:
+            return False
+        rows = max(1, _COMPARED // math.prod(head.shape[1:]))
+        blocks = (slice(begin, begin + rows) for begin in range(0, head.shape[0], rows))
+        return all(np.array_equal(head.read(b), embedding.read(b), equal_nan=True) for b in blocks)
+
     def _name(self, name: str) -> str:
         if name in self._stored:
             return name
@@ -102,7 +125,7 @@ class _Source:
             for path, tensors in self._tensors.items()
             for layer in range(len(tensors))
         }
-        tied = {"lm_head.weight"} if self.config.tie_embeddings or self.config.head == "scalar" else set()
+        tied = {_HEAD} if self.config.tie_embeddings or self.config.head == "scalar" else set()
         rest = [name for name in self._stored.keys() - used - tied if not _NO_PARAMETER.fullmatch(name)]
         if rest:
             raise ValueError(
@@ -126,7 +149,8 @@ def read_config(folder: str) -> dict[str, Any]:
 def load_hf(folder: str, mesh: Mesh, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:
     """A checkpoint of transformers on a mesh: its ModelConfig and parameters in their shardings.
 
-    Every device's part of every parameter is read by itself, so that no more than one such part is in host memory.
+    Every device's part of every parameter is read by itself, so that no more than one such part is in host memory. Where
+    config.json ties the head to the embedding but the files hold another lm_head.weight, the model is an untied one.
 
     Raises:
       ValueError: naming the file, option or tensor, for a damaged file, a foreign architecture, or what does not fit it.
@@ -146,7 +170,7 @@ def import_checkpoint(folder: str, out: str, dtype: Dtype | Literal["auto"] = "a
     """Write a checkpoint of transformers as an artifact, which `init_from` takes; returns its manifest.
 
     One parameter (of all layers) at a time is in memory. The score of a classifier with one label becomes the scalar head
-    of a reward model, its bias 0.
+    of a reward model, its bias 0. The manifest says `untied` where the files hold another head than config.json's tied one.
 
     Args:
       folder: of the checkpoint, with its tokenizer.
@@ -182,7 +206,7 @@ def _write_artifact(
         stage="import", tokenizer_digest=tokenizer.digest, special_ids=tokenizer.special_ids,
         chat_template_digest=template.digest if template is not None else None, vocab_size=tokenizer.vocab_size,
         weights={name: file_digest(os.path.join(out, name)) for name in weight_files(out)}, parents={}, final_metrics={},
-        **made_from, **shift,
+        **made_from, **shift, **({"untied": True} if source.is_untied else {}),
     )  # fmt: skip
     workdirs.write_manifest(out, manifest)
     return manifest

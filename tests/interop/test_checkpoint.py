@@ -213,6 +213,28 @@ def test_older_files_with_buffers_and_without_a_prefix_are_read(loaded, mesh, tm
     jax.tree.map(np.testing.assert_array_equal, params, loaded["gpt2"][1])
 
 
+def test_a_head_that_differs_from_the_embedding_is_not_dropped(loaded, mesh, tmp_path, monkeypatch):
+    """As in transformers 5: what is stored counts. Here it is the embedding doubled, which doubles the logits."""
+    shutil.copytree(GOLDEN / "gpt2", tmp_path / "copy")
+    stored = {name: tensor.read() for name, tensor in open_weights(str(GOLDEN / "gpt2")).items()}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()}
+    head = "lm_head.weight"
+    shapes[head] = shapes["transformer.wte.weight"]
+    stored[head] = 2 * stored["transformer.wte.weight"]
+    checkpoint.write_weights(str(tmp_path / "copy"), shapes, stored.__getitem__)
+    config, params = load_hf(str(tmp_path / "copy"), mesh)
+    assert config == dataclasses.replace(loaded["gpt2"][0], tie_embeddings=False)
+    expected = np.load(GOLDEN / "gpt2" / "expected.npz")
+    logits = forward(dataclasses.replace(config, dtype="float32"), params, expected["tokens"])
+    np.testing.assert_allclose(logits, 2 * expected["logits"], atol=2e-4, rtol=0)
+
+    stored[head] = stored["transformer.wte.weight"].copy()
+    stored[head][-1, -1] += 0.5  # one number, of the last row
+    checkpoint.write_weights(str(tmp_path / "copy"), shapes, stored.__getitem__)
+    monkeypatch.setattr(checkpoint, "_COMPARED", 48)  # three rows of 16 at a time, of 32
+    assert not load_hf(str(tmp_path / "copy"), mesh)[0].tie_embeddings
+
+
 def test_the_bias_of_a_reward_model_becomes_a_shift(loaded, trained, tmp_path):
     config, params = loaded["reward"]
     params = params | {"head": params["head"] | {"bias": np.array([0.75], np.float32)}}
