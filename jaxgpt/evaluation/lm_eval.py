@@ -24,7 +24,7 @@ from jaxgpt import partition
 from jaxgpt.data.chat import Message
 from jaxgpt.evaluation import prompts
 from jaxgpt.evaluation.generation import generate_answers
-from jaxgpt.evaluation.logprobs import token_scores
+from jaxgpt.evaluation.logprobs import encode_after_start, token_scores
 from jaxgpt.evaluation.perplexity import text_scores
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.partition import MeshConfig
@@ -66,6 +66,7 @@ class JaxgptLM(LM):
         for context, continuation in (request.args for request in requests):
             turns, model = self._turns(context)
             prompt_ids, ids = prompts.encode_answer(model, turns, continuation, "lm-eval", as_is=True)
+            prompt_ids = prompt_ids if len(prompt_ids) else encode_after_start(model.tokenizer, "")
             sequences.append(prompts.shorten(np.concatenate([prompt_ids, ids]), limit))
             lengths.append(min(len(ids), limit - 1))
         scores = token_scores(self.model, sequences, mesh=self.mesh, batch_size=self.batch_size)
@@ -76,7 +77,7 @@ class JaxgptLM(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-prob of each whole text, every token with as much context as fits and scored once."""
-        ids = [self.model.tokenizer.encode(request.args[0], add_bos=True) for request in requests]
+        ids = [encode_after_start(self.model.tokenizer, request.args[0]) for request in requests]
         stride = self.model.config.max_seq_length  # the harness's windows do not overlap, but for the last
         scores = text_scores(self.model, ids, stride, mesh=self.mesh, batch_size=self.batch_size)
         return [float(score.logprobs.sum(dtype=np.float64)) for score in scores]

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import numerics, partition
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.load import LoadedModel
@@ -22,6 +23,15 @@ class TokenScores(NamedTuple):
 
     logprobs: np.ndarray
     is_greedy: np.ndarray
+
+
+def encode_after_start(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text (i32 [n + 1]) after the token that its first one is conditioned on, so that all n are scored.
+
+    That is BOS, and EOS for tokenizers that put nothing before a text (GPT-2, Qwen): as in lm-evaluation-harness.
+    """
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return np.concatenate([[start], tokenizer.encode(text)]).astype(np.int32)
 
 
 def token_scores(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxgpt.data import sources
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.intervals import Metric, Z, ratio_metric
-from jaxgpt.evaluation.logprobs import TokenScores, token_scores
+from jaxgpt.evaluation.logprobs import TokenScores, encode_after_start, token_scores
 from jaxgpt.evaluation.results import Result
 from jaxgpt.train.load import LoadedModel
 
@@ -46,7 +46,10 @@ def windows(count: int, length: int, stride: int) -> list[Window]:
 def text_scores(
     model: LoadedModel, ids: Sequence[np.ndarray], stride: int, *, mesh: Mesh, batch_size: int
 ) -> list[TokenScores]:
-    """`token_scores` of documents of any length (i32 [n], BOS first): [n - 1] of each. stride: as of `windows`."""
+    """`token_scores` of documents of any length (i32 [n], as of `encode_after_start`): [n - 1] of each.
+
+    stride: as of `windows`.
+    """
     length = model.config.max_seq_length
     places = [(i, w) for i, document in enumerate(ids) for w in windows(len(document), length, stride)]
     scored = token_scores(model, [ids[i][w.begin : w.end] for i, w in places], mesh=mesh, batch_size=batch_size)
@@ -60,8 +63,9 @@ def text_scores(
 def evaluate_perplexity(task: TaskConfig, field: str, model: LoadedModel, *, mesh: Mesh, batch_size: int) -> Result:
     """Loss (nats per token), perplexity, bits per byte, and the accuracy of the next token in the texts of task.path.
 
-    A document is BOS and its tokens, all of which but BOS are scored; an EOS is not, since where a text ends is no part of
-    it. Bytes are those of its UTF-8 text, so that bits per byte compare between tokenizers. Intervals are over documents.
+    Every token of a document is scored, the first one given BOS (or EOS, see `encode_after_start`); an EOS at the end is not,
+    since where a text ends is no part of it. Bytes are those of the UTF-8 text, so that bits per byte compare between
+    tokenizers. Intervals are over documents.
     """
     length = model.config.max_seq_length
     stride = task.stride or max(1, length // 2)
@@ -72,11 +76,11 @@ def evaluate_perplexity(task: TaskConfig, field: str, model: LoadedModel, *, mes
         for file in sources.resolve_paths(task.path, f"{field}.path")
         for document in sources.read_texts(file, fields=task.fields, text_separator=task.text_separator)
     ]
-    ids = [model.tokenizer.encode(document.text, add_bos=True) for document in documents]
+    ids = [encode_after_start(model.tokenizer, document.text) for document in documents]
     scores = text_scores(model, ids, stride, mesh=mesh, batch_size=batch_size)
     nats_N = np.array([-score.logprobs.sum(dtype=np.float64) for score in scores])
     tokens_N = np.array([len(score.logprobs) for score in scores])
-    bytes_N = np.array([model.tokenizer.token_bytes_V[document].sum() for document in ids])
+    bytes_N = np.array([len(document.text.encode()) for document in documents])
     loss = ratio_metric(nats_N, tokens_N)
     metrics = {
         "loss": loss,

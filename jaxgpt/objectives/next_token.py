@@ -31,7 +31,7 @@ def make_next_token(model: ModelConfig, loss: LossConfig, token_bytes_V: Array |
     """The objective (params, LMBatch, rng) -> (loss sum, sums of {"loss", "accuracy", "log_z", "weight", "bytes"}).
 
     metrics["loss"] is the plain cross-entropy in nats, whatever z-loss and smoothing add to what is minimised.
-    token_bytes_V: i32, UTF-8 bytes of each token; where given, "bytes" counts those of the targets with weight.
+    token_bytes_V: i32, UTF-8 bytes of each token; where given, "bytes" is the sum over targets by weight, as the loss is.
     """
 
     def next_token(params, batch: LMBatch, rng):
@@ -49,8 +49,8 @@ def make_next_token(model: ModelConfig, loss: LossConfig, token_bytes_V: Array |
             label_smoothing=loss.label_smoothing,
         )
         if token_bytes_V is not None:
-            counted = jnp.take(jnp.asarray(token_bytes_V), batch.targets_BT) * (batch.weights_BT > 0)
-            metrics |= {"bytes": jnp.sum(counted).astype(jnp.float32)}
+            counted = jnp.take(jnp.asarray(token_bytes_V), batch.targets_BT) * batch.weights_BT.astype(jnp.float32)
+            metrics |= {"bytes": jnp.sum(counted)}
         return loss_sum, metrics
 
     return next_token

@@ -9,11 +9,12 @@ import pytest
 
 from jaxgpt import partition
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import LoadedModel
+from tests.interop.hf_tokenizers import byte_level, folder_of
 from tests.models import reference
 
 TEXT = "Ann sees the red house. Bob likes the blue house and calls Cid. Where is the house? It is here, and Dora too."
@@ -48,6 +49,15 @@ def model(tokenizer, mesh) -> LoadedModel:
 @pytest.fixture(scope="session")
 def chat_model(model) -> LoadedModel:
     return dataclasses.replace(model, template=ChatTemplate.from_config("chatml"))
+
+
+@pytest.fixture(scope="session")
+def model_without_bos(mesh, tmp_path_factory) -> LoadedModel:
+    """With a byte-level BPE tokenizer as of GPT-2 and Qwen, which puts nothing before a text."""
+    pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(folder_of(tmp_path_factory.mktemp("gpt2"), byte_level()))
+    assert tokenizer.bos_id is None
+    return load(tokenizer, mesh, position="learned")
 
 
 @pytest.fixture(scope="session")

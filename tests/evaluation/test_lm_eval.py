@@ -73,6 +73,17 @@ def test_requests_are_answered_as_the_interface_says(lm, model):
     assert "a" not in texts[0] + texts[2]
 
 
+def test_without_bos_every_token_is_scored_after_eos(monkeypatch, mesh, model_without_bos):
+    model = model_without_bos
+    monkeypatch.setattr(adapter.partition, "make_mesh", lambda config: mesh)
+    monkeypatch.setattr(adapter, "load_model", lambda workdir, mesh: model)
+    lm = adapter.JaxgptLM("runs/gpt", batch_size=2)
+    text = "Bob and Ann"
+    expected = logprobs64(model, [model.tokenizer.eos_id, *model.tokenizer.encode(text)]).sum()
+    assert lm.loglikelihood_rolling([Request(text)])[0] == pytest.approx(expected, abs=2e-5)
+    assert lm.loglikelihood([Request("", text)])[0][0] == pytest.approx(expected, abs=2e-5)
+
+
 def test_a_chat_goes_through_the_template(lm, chat_model):
     lm = lm(with_template=True)
     history = [

@@ -1,5 +1,6 @@
 """Perplexity against float64 numpy, in windows whose rule is written out token by token."""
 
+import dataclasses
 import math
 
 import jax
@@ -64,6 +65,38 @@ def test_loss_and_bits_per_byte_are_those_of_float64(model, mesh, write, stride)
     loss = found.metrics["loss"]
     assert loss["low"] < loss["value"] < loss["high"]
     assert found.metrics["perplexity"]["high"] == pytest.approx(math.exp(loss["high"]))
+
+
+UNIFORM = {"text": "a"}, {"text": "Ann sees Bob"}, {"text": TEXT}
+
+
+@pytest.mark.parametrize("name", ["model", "model_without_bos"])
+def test_a_uniform_model_needs_the_same_bits_for_every_token(name, request, mesh, write):
+    """log2 V for each, over the bytes of the text: no byte counts whose token is not scored, one-token documents included."""
+    model = request.getfixturevalue(name)
+    uniform = dataclasses.replace(model, params=jax.tree.map(lambda leaf: 0 * leaf, model.params))
+    found = evaluate_perplexity(
+        TaskConfig(kind="perplexity", path=write("texts", *UNIFORM)), "tasks.x", uniform, mesh=mesh, batch_size=2
+    )
+    tokens = [len(model.tokenizer.encode(row["text"])) for row in UNIFORM]
+    size = [len(row["text"].encode()) for row in UNIFORM]
+    bits = math.log2(model.config.vocab_size)
+    assert tokens[0] == 1
+    assert found.counts == {"documents": 3, "tokens": sum(tokens), "bytes": sum(size)}
+    assert found.metrics["bits_per_byte"]["value"] == pytest.approx(bits * sum(tokens) / sum(size), rel=1e-6)
+    assert found.metrics["perplexity"]["value"] == pytest.approx(model.config.vocab_size, rel=1e-5)
+    for sample, n, m in zip(found.samples, tokens, size, strict=True):
+        assert (sample["tokens"], sample["bytes"]) == (n, m)
+        assert sample["bits_per_byte"] == pytest.approx(bits * n / m, rel=1e-6)
+
+
+def test_without_bos_the_first_token_is_conditioned_on_eos(model_without_bos, mesh, write):
+    model = model_without_bos
+    expected = logprobs64(model, [model.tokenizer.eos_id, *model.tokenizer.encode("Bob")]).sum()
+    found = evaluate_perplexity(
+        TaskConfig(kind="perplexity", path=write("texts", {"text": "Bob"})), "tasks.x", model, mesh=mesh, batch_size=1
+    )
+    assert found.samples[0]["loss"] * found.samples[0]["tokens"] == pytest.approx(-expected, abs=1e-5)
 
 
 def test_greedy_tokens_batches_and_devices(model, mesh):

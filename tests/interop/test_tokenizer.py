@@ -14,6 +14,7 @@ from jaxgpt.data.tokenizer import RAW, TokenizerConfig, load_tokenizer, train_to
 from jaxgpt.interop.sentencepieces import tokenizer_json
 from jaxgpt.interop.tokenizer import read_template, read_tokenizer, write_tokenizer
 from tests.data.test_tokenizer import HARD, TEXTS
+from tests.interop.hf_tokenizers import SPECIAL, byte_level, folder_of
 
 tokenizers = pytest.importorskip("tokenizers")
 ODD = [
@@ -96,34 +97,6 @@ def test_reserved_tokens_are_found_in_text_only_where_asked_and_bos_comes_first(
 def test_a_word_tokenizer_is_refused(trained):
     with pytest.raises(ValueError, match="tokenizer.model_type='word'.*'unigram'"):
         tokenizer_json(trained["word"].model)
-
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def byte_level(*, bos: str | None = None) -> str:
-    """A byte-level BPE tokenizer like GPT-2's and Qwen's."""
-    library = tokenizers
-    made = library.Tokenizer(library.models.BPE())
-    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = library.decoders.ByteLevel()
-    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
-    trainer = library.trainers.BpeTrainer(vocab_size=330, initial_alphabet=sorted(alphabet), show_progress=False)
-    made.train_from_iterator(TEXTS[:50], trainer)
-    made.add_special_tokens(SPECIAL)
-    made.add_tokens(["<think>"])
-    if bos is not None:
-        made.post_processor = library.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
-        )
-    return made.to_str()
-
-
-def folder_of(tmp_path, source: str, **config) -> str:
-    (tmp_path / "tokenizer.json").write_text(source)
-    values = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}} | config
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
-    return str(tmp_path)
 
 
 @pytest.fixture(scope="module")
