@@ -4,9 +4,11 @@
         --config.reward_model=runs/reward --config.data.train=prompts.jsonl
     python -m experiments.sft --workdir=runs/sft2 --config.init_from=runs/sft --config.data.train=runs/best/best.jsonl
 
-The config is that of experiments.grpo; n is rollout.num_samples_per_prompt. It prints what best of k gives for smaller k,
-too, with gold rewards beside it: where gold falls while the score rises, the reward is over-optimised. A run that was
-interrupted goes on. configs/grpo.py:best_of_n trains on the best response at every iteration, with experiments.grpo.
+The config is that of experiments.grpo; n is rollout.num_samples_per_prompt. Responses that the length limit cut off are not
+kept, unless --config.keep_unfinished=True; how many they are is printed, and how many prompts have no other. It prints what
+best of k gives for smaller k, too, with gold rewards beside it: where gold falls while the score rises, the reward is
+over-optimised. A run that was interrupted goes on. configs/grpo.py:best_of_n trains on the best response at every iteration,
+with experiments.grpo.
 """
 
 import os
@@ -20,8 +22,7 @@ from experiments.ppo import check_room, read_sides
 from experiments.training import FREE_FIELDS
 from jaxgpt import partition
 from jaxgpt.config import to_dict
-from jaxgpt.rl.best_of_n import best_of_n, curve
-from jaxgpt.rl.config import RLConfig
+from jaxgpt.rl.best_of_n import BestOfNConfig, best_of_n, curve
 from jaxgpt.rl.models import RewardModel, read_reward_model
 from jaxgpt.rl.rewards import check_records
 from jaxgpt.train import workdir as workdirs
@@ -29,7 +30,7 @@ from jaxgpt.train.config import check_mesh
 from jaxgpt.train.finetune import Start, start_from
 
 
-def main(config: RLConfig, workdir: str) -> None:
+def main(config: BestOfNConfig, workdir: str) -> None:
     """Sample into `workdir`, or go on with it."""
     if config.advantage != "group":
         raise ValueError(
@@ -50,7 +51,7 @@ def main(config: RLConfig, workdir: str) -> None:
         sample(config, workdir, start, reward, mesh)
 
 
-def sample(config: RLConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh) -> None:
+def sample(config: BestOfNConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh) -> None:
     """Write best.jsonl batch by batch, then what it shows."""
     prompts, _ = read_sides(config, start)
     check_records({**config.rewards, **config.gold}, prompts.records, prompts.where)
@@ -69,7 +70,17 @@ def sample(config: RLConfig, workdir: str, start: Start, reward: RewardModel | N
                 log.append(i, *rows)
     if not is_main:
         return
-    points = curve(workdirs.read_rows(path))
+    rows = workdirs.read_rows(path)
+    size = config.rollout.num_samples_per_prompt
+    dropped = len(prompts) - len(rows)
+    cut_off = dropped * size + sum(not finished for row in rows for finished in row["finished_each"])
+    limit = f"rollout.max_new_tokens={config.rollout.max_new_tokens}"
+    if not rows:
+        raise ValueError(
+            f"{limit}: it cut off all {cut_off} responses, so that there is none to keep; raise it, or keep them as they are "
+            "with keep_unfinished=True."
+        )
+    points = curve(rows, keep_unfinished=config.keep_unfinished)
     for point in points:
         print(", ".join(f"{name} {value:.4g}" for name, value in point.items()))
     parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
@@ -77,10 +88,15 @@ def sample(config: RLConfig, workdir: str, start: Start, reward: RewardModel | N
         stage="best_of_n", config=to_dict(config), tokenizer_digest=start.tokenizer.digest,
         chat_template_digest=start.template.digest, special_ids=start.tokenizer.special_ids,
         vocab_size=start.tokenizer.vocab_size, data_fingerprint=prompts.fingerprint, parents=parents,
-        final_metrics=points[-1], curve=points,
+        final_metrics=points[-1], curve=points, prompts={"kept": len(rows), "dropped": dropped}, cut_off_responses=cut_off,
     ))  # fmt: skip
-    print(f"{len(prompts)} responses in {path}.")
+    if cut_off:
+        print(
+            f"{cut_off} of {len(prompts) * size} responses were cut off by {limit}; {dropped} of {len(prompts)} prompts have "
+            "no other and are left out."
+        )
+    print(f"{len(rows)} responses in {path}.")
 
 
 if __name__ == "__main__":
-    cli.run(main, RLConfig, default_config="configs/grpo.py:best_of_n")
+    cli.run(main, BestOfNConfig, default_config="configs/grpo.py:best_of_n")

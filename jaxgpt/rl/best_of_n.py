@@ -4,6 +4,7 @@ Without any training it is a policy of its own, at a KL of at most log n - (n - 
 keeps is data for supervised fine-tuning (Nakano et al. 2021, arXiv:2112.09332; Dong et al. 2023, arXiv:2304.06767).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxgpt import partition
 from jaxgpt.data.prompts import PromptSet
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rl.advantages import apply_missing_eos
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.evaluate import global_prompts, host_rewards, response_texts
 from jaxgpt.rl.models import RewardModel, reward_scores
@@ -25,14 +27,28 @@ from jaxgpt.train.finetune import Start
 from jaxgpt.train.load import load_plain
 
 
+@dataclasses.dataclass(frozen=True)
+class BestOfNConfig(RLConfig):
+    """An RL config of which the rollouts and the rewards count.
+
+    ppo.missing_eos_penalty takes the place of the score of a response that rollout.max_new_tokens cut off, as in training.
+
+    keep_unfinished: let a response that was cut off be the best one, too. Fine-tuning on it teaches to end in the middle of
+      a sentence, which is why it never is otherwise, and a prompt none of whose responses has ended is left out.
+    """
+
+    keep_unfinished: bool = False
+
+
 def best_of_n(
-    config: RLConfig, start: Start, reward: RewardModel | None, prompts: PromptSet, mesh: Mesh, first: int = 0
+    config: BestOfNConfig, start: Start, reward: RewardModel | None, prompts: PromptSet, mesh: Mesh, first: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
     """The prompts in their order, a batch of rollout.batch_size responses at a time, from batch `first` on.
 
-    Yields one record for each prompt: {"prompt", "response"} with the best response, or {"messages"} where the prompt is
-    messages; "score" of the best, "scores" of all rollout.num_samples_per_prompt; and "gold" and "golds" where the config
-    has gold rewards. The draws depend on config.seed and the batch alone.
+    Yields one record for each prompt with a response to keep: {"prompt", "response"} with the best response, or
+    {"messages"} where the prompt is messages; "score" of the best, "scores" of all rollout.num_samples_per_prompt; "gold"
+    and "golds" where the config has gold rewards; "finished", whether it ended by itself, and "finished_each", whether each
+    did. The draws depend on config.seed and the batch alone.
     """
     size = config.rollout.num_samples_per_prompt
     model, params = load_plain(start.parent, mesh)
@@ -58,21 +74,42 @@ def best_of_n(
         scores_B = np.asarray(scores_B)
         if host is not None:
             scores_B = scores_B + host_rewards(host, start.tokenizer, prompts, index_B, rollout).total_B
+        scores_B = np.asarray(apply_missing_eos(scores_B, rollout.has_eos_B, config.ppo.missing_eos_penalty))
+        finished = np.asarray(rollout.has_eos_B).reshape(per_batch, size)
         values = {"score": scores_B.reshape(per_batch, size)}
         if gold is not None:
             golds_B = host_rewards(gold, start.tokenizer, prompts, index_B, rollout).total_B
             values["gold"] = golds_B.reshape(per_batch, size)
         texts = response_texts(start.tokenizer, rollout)
-        yield [
-            _record(
-                prompts.records[i], prompts.texts[i], texts[row * size :][:size], {k: v[row] for k, v in values.items()}
-            )
-            for row, i in enumerate(chosen)
-        ]
+        kept = []
+        for row, i in enumerate(chosen):
+            best = choose(values["score"][row], finished[row], keep_unfinished=config.keep_unfinished)
+            if best is not None:
+                kept.append(_record(
+                    prompts.records[i], prompts.texts[i], texts[row * size :][:size],
+                    {name: values_BN[row] for name, values_BN in values.items()}, finished[row], best,
+                ))  # fmt: skip
+        yield kept
 
 
-def _record(record: dict, prompt: str, responses: Sequence[str], values: dict[str, np.ndarray]) -> dict[str, Any]:
-    best = int(np.argmax(values["score"]))
+def choose(scores_N: np.ndarray, finished_N: np.ndarray, *, keep_unfinished: bool) -> int | None:
+    """Which response to keep: the first of the highest score among those that have ended; None where none has.
+
+    keep_unfinished: among all of them.
+    """
+    if keep_unfinished:
+        return int(np.argmax(scores_N))
+    return int(np.argmax(np.where(finished_N, scores_N, -np.inf))) if finished_N.any() else None
+
+
+def _record(
+    record: dict,
+    prompt: str,
+    responses: Sequence[str],
+    values: dict[str, np.ndarray],
+    finished_N: np.ndarray,
+    best: int,
+) -> dict[str, Any]:
     messages = record.get("prompt")
     if isinstance(messages, list):
         row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": responses[best]}]}
@@ -80,10 +117,10 @@ def _record(record: dict, prompt: str, responses: Sequence[str], values: dict[st
         row = {"prompt": prompt, "response": responses[best]}
     for name, values_N in values.items():
         row |= {name: round(float(values_N[best]), 6), f"{name}s": [round(float(value), 6) for value in values_N]}
-    return row
+    return row | {"finished": bool(finished_N[best]), "finished_each": finished_N.tolist()}
 
 
-def expected_best(values: Sequence[float], scores: Sequence[float], k: int) -> float:
+def expected_best(values: Sequence[float], scores: Sequence[float] | np.ndarray, k: int) -> float:
     """The mean, over all choices of k of the responses, of the value of the one among them with the highest score.
 
     Source: Nakano et al. 2021 (arXiv:2112.09332), appendix I: the unbiased estimate for best of k from n >= k samples.
@@ -94,14 +131,22 @@ def expected_best(values: Sequence[float], scores: Sequence[float], k: int) -> f
     return float(np.dot(weights, ordered))
 
 
-def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """For k = 1, 2, 4, ... n: {"k", "kl" (its bound, nats), "score", "gold" where there is one}, means over prompts."""
+def curve(rows: Sequence[dict[str, Any]], *, keep_unfinished: bool) -> list[dict[str, float]]:
+    """For k = 1, 2, 4, ... n: {"k", "kl" (its bound, nats), "score", "gold" where there is one}, means over the records.
+
+    Of k responses the best is as of `choose`; where all of them were cut off, one of those counts.
+    """
     size = len(rows[0]["scores"])
+    # Places in the order of choice, in which what must not be kept comes before all others.
+    wanted = [np.ones(size, bool) if keep_unfinished else row["finished_each"] for row in rows]
+    places = [np.argsort(np.lexsort((row["scores"], is_kept))) for row, is_kept in zip(rows, wanted, strict=True)]
     ks = [2**i for i in range(size.bit_length()) if 2**i < size] + [size]
     return [
         {"k": k, "kl": math.log(k) - (k - 1) / k}
         | {
-            name: float(np.mean([expected_best(row[f"{name}s"], row["scores"], k) for row in rows]))
+            name: float(
+                np.mean([expected_best(row[f"{name}s"], place, k) for row, place in zip(rows, places, strict=True)])
+            )
             for name in ("score", "gold")
             if f"{name}s" in rows[0]
         }

@@ -173,16 +173,25 @@ def test_the_best_of_n_is_data_for_fine_tuning_and_an_interrupted_run_goes_on(
     finished, records, rewards_file, tmp_path
 ):
     plan = flags("grpo", "best_of_n", finished[0], records["first"], rewards=named(rewards_file, "count"),
-                 gold="{'length': {'name': 'length', 'options': {'maximum': 3}}}", data__holdout__fraction=0.0)  # fmt: skip
+                 gold="{'length': {'name': 'length', 'options': {'maximum': 3}}}", data__holdout__fraction=0.0,
+                 ppo__missing_eos_penalty=-1)  # fmt: skip
     done = command("best_of_n", f"--workdir={tmp_path / 'a'}", *plan)
     assert done.returncode == 0, done.stderr
     best = (tmp_path / "a/best.jsonl").read_bytes()
     rows = [json.loads(line) for line in best.splitlines()]
-    assert len(rows) == 36
     for row in rows:
-        assert len(row["scores"]) == len(row["golds"]) == 8
-        assert row["score"] == max(row["scores"]) == row["response"].count("e") + row["response"].count("n")
-    points = json.loads((tmp_path / "a/manifest.json").read_text())["curve"]
+        assert len(row["scores"]) == len(row["golds"]) == len(row["finished_each"]) == 8
+        finished_scores = [score for score, ended in zip(row["scores"], row["finished_each"], strict=True) if ended]
+        assert row["score"] == max(finished_scores) == row["response"].count("e") + row["response"].count("n")
+        assert row["finished"]
+        assert all(ended or score == -1 for score, ended in zip(row["scores"], row["finished_each"], strict=True))
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    assert manifest["prompts"] == {"kept": len(rows), "dropped": 36 - len(rows)}
+    assert 0 < len(rows) < 36
+    cut_off = manifest["cut_off_responses"]
+    assert cut_off == 8 * (36 - len(rows)) + sum(row["finished_each"].count(False) for row in rows)
+    assert f"{cut_off} of 288 responses were cut off by rollout.max_new_tokens=8" in done.stdout
+    points = manifest["curve"]
     assert [point["k"] for point in points] == [1, 2, 4, 8]
     assert points[0]["score"] == pytest.approx(np.mean([row["scores"] for row in rows]), abs=1e-5)
     assert points[3]["score"] == pytest.approx(np.mean([row["score"] for row in rows]), abs=1e-5)
@@ -191,7 +200,8 @@ def test_the_best_of_n_is_data_for_fine_tuning_and_an_interrupted_run_goes_on(
     assert dead.returncode == -9, dead.stderr
     assert command("best_of_n", f"--workdir={tmp_path / 'b'}", *plan).returncode == 0
     assert (tmp_path / "b/best.jsonl").read_bytes() == best
-    plan = finetuning("sft", "full", finished[0], tmp_path / "a/best.jsonl", num_train_steps=2)
+    best = tmp_path / "a/best.jsonl"
+    plan = finetuning("sft", "full", finished[0], best, num_train_steps=2, sft__empty_response="drop")
     done = command("sft", f"--workdir={tmp_path / 'sft'}", *plan)
     assert done.returncode == 0, done.stderr
 
