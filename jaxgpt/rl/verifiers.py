@@ -5,11 +5,13 @@ import difflib
 import math
 import re
 import string
+import threading
 from collections import Counter
-from fractions import Fraction
 from typing import Any, Literal
 
-MAX_NUMBER = 1000  # characters; a model may write digits without end, which cost quadratic time to read
+from jaxgpt.rl.final_number import final_number
+
+MAX_MATH = 10_000  # characters of a response that math_answer looks at, from its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,8 @@ class ExactMatch:
 class NumericAnswer:
     """1 where the response's final number is the reference's, else 0 (GSM8K, Cobbe et al. 2021, arXiv:2110.14168).
 
-    The final number is as of `final_number`, in the response and in the reference.
+    The final number is as of `final_number`, in the response and in the reference: a plain number, never an expression,
+    for which there is `math_answer`. A reference without one is an error, since it would teach what is wrong.
 
     field: as of ExactMatch. tolerance: the largest absolute difference that counts as equal.
     marked_only: a number without "####" before it is no answer.
@@ -57,10 +60,55 @@ class NumericAnswer:
         for text in _references(record, self.field):
             number = final_number(text)
             if number is None:
-                raise ValueError(f"there is no number in the record's answer {shortened(text)}")
+                raise ValueError(
+                    f"the record's answer {shortened(text)} does not end in a plain number, such as 1,234.50 or -3/4; "
+                    "math_answer reads expressions and LaTeX"
+                )
             wanted.append(number)
         found = final_number(response, marked_only=self.marked_only)
         return float(found is not None and any(abs(found - number) <= self.tolerance for number in wanted))
+
+
+@dataclasses.dataclass(frozen=True)
+class MathAnswer:
+    r"""1 where the response's final answer equals the reference as mathematics, else 0: LaTeX, expressions, sets, intervals.
+
+    The answer is what the package math-verify finds: in \boxed{}, after "answer is", or last. A reference without LaTeX
+    around it may be bare (\frac{1}{2}). An answer that takes longer than five seconds is none.
+
+    field: as of ExactMatch.
+
+    Source: https://github.com/huggingface/Math-Verify.
+    """
+
+    field: str = ""
+
+    def __post_init__(self):
+        _math_verify()
+
+    def __call__(self, response: str, record: dict[str, Any]) -> float:
+        library = _math_verify()
+        # The limit is a signal's, which the main thread alone can have.
+        seconds = 5 if threading.current_thread() is threading.main_thread() else None
+        wanted = []
+        for text in _references(record, self.field):
+            is_bare = not _MATH_MARKS.search(text) and not _WORD.search(_LATEX_WORD.sub("", text))
+            found = library.parse(f"${text}$" if is_bare else text, parsing_timeout=seconds)
+            if not found:
+                raise ValueError(f"math_answer finds no mathematics in the record's answer {shortened(text)}")
+            wanted.append(found)
+        answer = library.parse(response[-MAX_MATH:], parsing_timeout=seconds)
+        return float(any(library.verify(gold, answer, timeout_seconds=seconds) for gold in wanted))
+
+
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ValueError(
+            "math_answer needs the package math-verify: pip install -e '.[math]' in the project's folder."
+        ) from error
+    return math_verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +176,7 @@ class TokenF1:
 REWARDS: dict[str, type] = {
     "exact_match": ExactMatch,
     "numeric_answer": NumericAnswer,
+    "math_answer": MathAnswer,
     "regex": Regex,
     "length": Length,
     "token_f1": TokenF1,
@@ -147,35 +196,10 @@ def token_f1(response: str, reference: str) -> float:
     return 2 * common / (len(left) + len(right))  # 2 p r / (p + r) with p = common / left, r = common / right
 
 
-def final_number(text: str, *, marked_only: bool = False) -> Fraction | None:
-    """The number that a text ends in, exactly; None where there is none.
-
-    It is the one that directly follows "####" (the last such), else the last one. Numbers are written the English way:
-    1,234.50, -.5, 3/4, 1 1/2, 1e-3; a currency sign before and a unit after are ignored. A minus after a digit, a letter
-    or a closing bracket is subtraction, and digits after a letter (x2) belong to a name.
-    """
-    matches = list(_MARKED_NUMBER.finditer(text)) or ([] if marked_only else list(_NUMBER.finditer(text)))
-    if not matches or len(matches[-1][0]) > MAX_NUMBER:
-        return None
-    match = matches[-1]
-    if match["denominator"]:
-        number = int(match["whole"] or 0) + Fraction(int(match["numerator"]), int(match["denominator"]))
-    else:
-        number = Fraction(match["decimal"].replace(",", ""))
-    return -number if match["sign"] in ("-", "\u2212") else number
-
-
-_SIGNED = r"""
-    (?: (?<![^\W_]) (?<! \) ) (?P<sign> [-+\u2212] ) )? [$\u20ac\u00a3]?
-    (?<! [^\W_] )
-    (?: (?: (?P<whole> [0-9]+ ) [ ] )? (?P<numerator> [0-9]+ ) / (?P<denominator> 0* [1-9] [0-9]* ) (?! \.?[0-9] )
-    |   (?P<decimal> (?: (?: [0-9]{1,3} (?: ,[0-9]{3} )+ (?! [0-9] ) | [0-9]+ ) (?: \.[0-9]+ )? | \.[0-9]+ )
-        (?: [eE][-+]?[0-9]{1,3} (?! [^\W_] ) )? )
-    )
-"""  # [^\W_] is a letter or a digit
-_NUMBER = re.compile(_SIGNED, re.VERBOSE)
-_MARKED_NUMBER = re.compile(r"\#\#\#\# [\s*$\u20ac\u00a3]*" + _SIGNED, re.VERBOSE)
-
+# Whether a reference is mathematics and nothing else, with nothing that says so: x^2 + 1, (1, 2), \\text{Monday}.
+_MATH_MARKS = re.compile(r"\$|\\boxed|\\[(\[]")
+_LATEX_WORD = re.compile(r"\\text\{[^{}]*\}|\\[a-zA-Z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from jaxgpt import config
 from jaxgpt.rl import rewards
+from jaxgpt.rl.final_number import final_number
 from jaxgpt.rl.rewards import RewardSource, combine
-from jaxgpt.rl.verifiers import final_number, token_f1
+from jaxgpt.rl.verifiers import token_f1
 
 
 def score(name, response, record, **options):
@@ -42,17 +44,22 @@ ANSWERS = [  # response, the record's answer, reward
     ("1,234.50 dollars", 1234.5, 1),
     ("1234.5000", "#### 1,234.50", 1),
     ("1.2345", "#### 12,345", 0),
-    ("the sum of 1,2,3", 3, 1),
+    ("the sum of 1,2,3", 3, 0),
+    ("the sum of 1, 2, 3", 3, 1),
     ("-5", "#### -5", 1),
     ("\u22125", -5, 1),
     ("-$5", -5, 1),
     ("5", "#### -5", 0),
-    ("2-5", 5, 1),
+    ("2-5", 5, 0),
     ("2 - 5 = -3", -3, 1),
     ("x2", 2, 0),
     ("it takes 18 m2", 18, 1),
     ("1,2345", 1234, 0),
-    ("3/4.5", 4.5, 1),
+    ("3/4.5", 4.5, 0),
+    (r"\frac{1}{2}", 2, 0),
+    ("2^{10}", 10, 0),
+    ("1 000", 0, 0),
+    ("1/0", 0, 0),
     ("0.75", "3/4", 1),
     ("6/8 of it", 0.75, 1),
     ("1/3", "0.33", 0),
@@ -87,6 +94,41 @@ def test_every_decimal_comes_back_exactly(number):
     for text in (f"{number:f}", f"{number:,f}"):
         assert final_number(f"7 and then {text}.") == Fraction(number)
         assert final_number(f"#### {text} and 7") == Fraction(number)
+
+
+MATH = [  # response, the record's answer, reward
+    (r"so \boxed{\frac12}", r"\frac{1}{2}", 1),
+    (r"so \boxed{\frac12}", r"$\frac{3}{4}$", 0),
+    ("the answer is 0.5", r"\frac{1}{2}", 1),
+    ("4", r"\frac{3}{4}", 0),
+    (r"\boxed{1024}", "2^{10}", 1),
+    (r"\boxed{10}", "2^{10}", 0),
+    (r"It is $(x+1)^2$.", "x^2 + 2x + 1", 1),
+    (r"It is $(x-1)^2$.", "x^2 + 2x + 1", 0),
+    (r"\boxed{\{2, 1\}}", r"\{1, 2\}", 1),
+    (r"\boxed{[0, 1]}", "[0,1)", 0),
+    (r"\boxed{3\sqrt{2}}", r"\sqrt{18}", 1),
+    ("21 apples", WORKED, 1),
+    ("no idea", "42", 0),
+    ("", "42", 0),
+]
+
+
+@pytest.mark.parametrize(("response", "answer", "wanted"), MATH)
+def test_a_math_answer_is_compared_as_mathematics(response, answer, wanted):
+    pytest.importorskip("math_verify")
+    assert score("math_answer", response, {"answer": answer}) == wanted
+
+
+def test_a_math_answer_needs_a_reference_and_its_package(monkeypatch):
+    pytest.importorskip("math_verify")
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl, line 1.*finds no mathematics in the record's answer 'none at all'"
+    ):
+        score("math_answer", "4", {"answer": "none at all"})
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[math\]'"):
+        score("math_answer", "4", {"answer": "4"})
 
 
 def test_exact_match_normalizes_what_it_is_told_to():
@@ -315,8 +357,9 @@ BAD_RECORDS = [
     ("exact_match", {}, {"answer": None}, "field 'answer' must be a text, a number or a list of them, not None"),
     ("exact_match", {}, {"answer": True}, "not True"),
     ("exact_match", {}, {"answer": []}, "not []"),
-    ("numeric_answer", {}, {"answer": "none"}, "there is no number in the record's answer 'none'"),
-    ("numeric_answer", {}, {"answer": float("nan")}, "no number in the record's answer 'nan'"),
+    ("numeric_answer", {}, {"answer": "none"}, "the record's answer 'none' does not end in a plain number"),
+    ("numeric_answer", {}, {"answer": float("nan")}, "the record's answer 'nan' does not end in a plain number"),
+    ("numeric_answer", {}, {"answer": r"\frac{3}{4}"}, "does not end in a plain number"),
 ]
 
 
