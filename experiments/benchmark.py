@@ -92,7 +92,8 @@ def training_rows(config: BenchmarkConfig) -> list[tuple[str, str]]:
 
     tokens = train.batch_size * train.data.sequence_length
     rate = tokens / statistics.median(seconds)
-    flops = rate * training_flops_per_token(train.model, train.data.sequence_length) / jax.device_count()
+    per_token = training_flops_per_token(train.model, train.data.sequence_length)
+    flops, full = rate * per_token.causal / jax.device_count(), rate * per_token.full / jax.device_count()
     dtype = decoder.compute_dtype(train.model)
     measured = matmul_flops(dtype)
     published = peak_flops(jax.devices()[0])
@@ -104,6 +105,7 @@ def training_rows(config: BenchmarkConfig) -> list[tuple[str, str]]:
         ("matmul peak, measured", f"{measured / 1e9:,.1f} GFLOP/s"),
         ("share of the measured peak", f"{flops / measured:.1%}"),
         ("MFU, published peak", f"{flops / published:.1%}" if published else "unknown chip"),
+        ("  attention unmasked", f"{full / published:.1%}" if published else "unknown chip"),
         ("compile time", f"{compile_seconds:.1f} s"),
         *memory_rows(compiled),
     ]

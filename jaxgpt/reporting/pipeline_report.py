@@ -6,15 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxgpt.reporting.plots import kind_of
 from jaxgpt.reporting.report import image, page
 from jaxgpt.train.workdir import read_manifest, read_rows, write_atomic
 
-# What held-out data say of a model, in the order of the stages; with RL eval/loss is minus the gold reward.
-MEASURES = {
-    "eval/loss": "loss (nats per token)",
+# What held-out data say of a model, in the order of the stages: metric -> label, a label per kind of run where they differ.
+# With RL eval/loss is minus the gold reward.
+MEASURES: dict[str, str | dict[str, str]] = {
+    "eval/loss": {"tokens": "loss (nats per token)", "preferences": "preference loss"},
     "eval/bits_per_byte": "bits per byte",
-    "eval/accuracy": "accuracy",
-    "eval/margin": "margin of the reward",
+    "eval/accuracy": {"tokens": "next-token accuracy", "preferences": "share of pairs in the right order"},
+    "eval/margin": "margin of the better response (reward units)",
     "eval/scores": "score",
     "eval/gold": "gold reward",
     "eval/kl": "KL to the reference (nats)",
@@ -110,9 +112,11 @@ def _before_and_after(root: str, stages: Mapping[str, Lineage]) -> str:
                 for metric, value in manifest.get("final_metrics", {}).items()
                 if manifest["stage"] == "evaluate"
             ]
-        for metric, label in MEASURES.items():
+        kind = kind_of(rows)
+        for metric, labels in MEASURES.items():
+            label = labels if isinstance(labels, str) else labels.get(kind)
             values = [(row["step"], row[metric]) for row in rows if metric in row]
-            if len(values) < 2 or (metric == "eval/loss" and "eval/scores" in rows[-1]):
+            if len(values) < 2 or label is None:
                 continue
             (first_step, first), (last_step, last) = values[0], values[-1]
             body.append(

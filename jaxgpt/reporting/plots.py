@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -13,18 +13,21 @@ from matplotlib.figure import Figure
 class Curve(NamedTuple):
     """One figure: its file name, the label with unit of its y axis, and the metrics it shows.
 
-    without: a metric whose runs do not have the figure.
+    kind: of the runs that have it, as of `kind_of`; "" for all.
     """
 
     name: str
     label: str
     metrics: tuple[str, ...]
-    without: str = ""
+    kind: str = ""
 
 
 CURVES = (
-    Curve("loss", "loss (nats per token)", ("train/loss", "eval/loss", "eval_ema/loss"), without="objective/kl"),
-    Curve("accuracy", "next-token accuracy", ("train/accuracy", "eval/accuracy")),
+    Curve("loss", "loss (nats per token)", ("train/loss", "eval/loss", "eval_ema/loss"), "tokens"),
+    Curve("loss", "preference loss (mean over prompts)", ("train/loss", "eval/loss", "eval_ema/loss"), "preferences"),
+    Curve("accuracy", "next-token accuracy", ("train/accuracy", "eval/accuracy"), "tokens"),
+    Curve("accuracy", "share of pairs in the right order", ("reward/accuracy", "eval/accuracy"), "preferences"),
+    Curve("margin", "margin of the better response (reward units)", ("reward/margin", "eval/margin"), "preferences"),
     Curve("learning_rate", "learning rate", ("train/learning_rate",)),
     Curve("grad_norm", "gradient norm before clipping", ("train/grad_norm",)),
     Curve("throughput", "tokens per second", ("train/tokens_per_second",)),
@@ -37,6 +40,14 @@ CURVES = (
 )
 
 
+def kind_of(rows: Iterable[Mapping[str, float]]) -> str:
+    """What the loss of a run is over, by the metrics it has: tokens, preferences, or rewards (RL)."""
+    names = {name for row in rows for name in row}
+    if names & {"objective/kl", "eval/scores"}:
+        return "rewards"
+    return "preferences" if names & {"reward/margin", "eval/margin"} else "tokens"
+
+
 def plot_curves(rows: Sequence[Mapping[str, float]], folder: str, reference_lines: Mapping[str, float]) -> list[str]:
     """Draw each curve that has points into folder/NAME.png; returns the paths.
 
@@ -45,8 +56,9 @@ def plot_curves(rows: Sequence[Mapping[str, float]], folder: str, reference_line
     """
     os.makedirs(folder, exist_ok=True)
     paths = []
+    kind = kind_of(rows)
     for curve in CURVES:
-        if any(curve.without in row for row in rows):
+        if curve.kind not in ("", kind):
             continue
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=110)
         axes = figure.add_subplot()

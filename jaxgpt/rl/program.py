@@ -43,7 +43,7 @@ def make_program(
         evaluate=evaluate,
         schedule=lambda step: parts.schedule(step * per_update),
         tokens_per_step=config.rollout.batch_size * (config.rollout.max_prompt_length + config.rollout.max_new_tokens),
-        flops_per_token=0.0,
+        flops_per_token=None,
         sources={field: parent["digest"] for field, parent in parts.parents.items()},
         on_start=on_start,
     )

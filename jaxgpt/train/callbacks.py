@@ -28,11 +28,14 @@ class Callback:
 
 
 def progress_bar(start_step: int, num_train_steps: int) -> Callback:
-    """A bar with loss, tokens/s and the time left."""
+    """A bar with loss, or score and KL in RL, tokens/s and the time left."""
     bar = tqdm(initial=start_step, total=num_train_steps, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def on_log(step, row):
-        shown = {"loss": "train/loss", "eval": "eval/loss"}
+        if "objective/scores" in row or "eval/scores" in row:
+            shown = {"score": "objective/scores", "kl": "objective/kl", "eval": "eval/scores"}
+        else:
+            shown = {"loss": "train/loss", "eval": "eval/loss"}
         fields = {short: f"{row[name]:.3f}" for short, name in shown.items() if name in row}
         if "train/tokens_per_second" in row:
             fields["tok/s"] = f"{row['train/tokens_per_second']:,.0f}"

@@ -13,13 +13,14 @@ from jaxgpt.train.callbacks import Callback
 from jaxgpt.train.checkpoint import Checkpointer
 from jaxgpt.train.config import NonfiniteConfig
 from jaxgpt.train.step import Step
+from jaxgpt.train.throughput import TrainingFlops
 from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Metrics, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """When things happen, in steps; tokens_per_step and flops_per_token (0: unknown) are for throughput and MFU.
+    """When things happen, in steps; tokens_per_step and flops_per_token (0 and None: unknown) are for throughput and MFU.
 
     metric_group: what the objective's own metrics but the loss are logged under, those with a group in their name excepted.
     eval_at_start: evaluate before the first
@@ -32,7 +33,7 @@ class LoopConfig:
     save_interval_steps: int
     nonfinite: NonfiniteConfig
     tokens_per_step: int
-    flops_per_token: float = 0.0
+    flops_per_token: TrainingFlops | None = None
     peak_flops: float | None = None
     metric_group: str = "train"
     eval_at_start: bool = False
@@ -179,5 +180,7 @@ def _train_row(metrics: Metrics, learning_rate: float, rate: float | None, confi
     if rate is not None and math.isfinite(rate):
         row["train/tokens_per_second"] = rate
         if config.peak_flops and config.flops_per_token:
-            row["train/mfu"] = rate * config.flops_per_token / (config.peak_flops * jax.device_count())
+            share = rate / (config.peak_flops * jax.device_count())
+            row["train/mfu"] = share * config.flops_per_token.causal
+            row["train/mfu_full_attention"] = share * config.flops_per_token.full
     return row

@@ -18,7 +18,7 @@ from jaxgpt.train.evaluation import evaluate
 from jaxgpt.train.loop import LoopConfig, train
 from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
-from jaxgpt.train.throughput import peak_flops
+from jaxgpt.train.throughput import TrainingFlops, peak_flops
 from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Metrics, Objective, Params, TrainState
 
@@ -42,7 +42,7 @@ class Stage:
     train_batches: Callable[[int], Iterator[Any]]
     eval_batches: dict[str, Callable[[], Iterator[Any]]]
     tokens_per_step: int
-    flops_per_token: float
+    flops_per_token: TrainingFlops | None
     trainable: Callable[[str], bool] = lambda name: True
     load: Callable[[Params], Params] | None = None
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -68,7 +68,7 @@ class Program:
     evaluate: Callable[[Any, Params, int], dict[str, float]]
     schedule: Callable[[Any], Any]
     tokens_per_step: int
-    flops_per_token: float
+    flops_per_token: TrainingFlops | None
     sources: dict[str, str]
     on_start: Callable[[int], None]
     metric_group: str = "train"

@@ -153,7 +153,13 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-CLOCK_METRICS = ("train/tokens_per_second", "train/mfu", "time/rollout_seconds", "time/update_seconds")
+CLOCK_METRICS = (
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/mfu_full_attention",
+    "time/rollout_seconds",
+    "time/update_seconds",
+)
 
 
 def without_times(row: dict[str, float]) -> dict[str, float]:
@@ -168,8 +174,9 @@ _SUMMARIZED = (
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """The metrics that say how a run did, in a line."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in _SUMMARIZED if name in metrics)
+    """The metrics that say how a run did, in a line; not RL's eval/loss, which is a reward with its sign turned."""
+    hidden = "eval/loss" if "eval/scores" in metrics else ""
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in _SUMMARIZED if name in metrics and name != hidden)
 
 
 def write_manifest(workdir: str, manifest: dict) -> None:

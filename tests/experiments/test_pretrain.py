@@ -14,15 +14,14 @@ import pytest
 from jaxgpt import partition, tree
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import load_model
+from jaxgpt.train.workdir import CLOCK_METRICS
 from tests.experiments.conftest import ROOT, command, environment
-
-TIMES = ("train/tokens_per_second", "train/mfu", "time/rollout_seconds", "time/update_seconds")
 
 
 def rows(workdir) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK_METRICS} for line in lines]
 
 
 def parameters(workdir) -> str:

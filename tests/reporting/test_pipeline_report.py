@@ -16,6 +16,8 @@ def table(page: str, heading: str) -> list[list[str]]:
 def test_before_and_after_samples_and_lineage_are_shown(tmp_path):
     rows = {
         "sft": [{"step": 0, "eval/loss": 4.0}, {"step": 5, "train/loss": 3.0}, {"step": 9, "eval/loss": 2.0}],
+        "reward": [{"step": 0, "eval/loss": 0.7, "eval/accuracy": 0.5, "eval/margin": 0.0},
+                   {"step": 8, "eval/loss": 0.25, "eval/accuracy": 0.875, "eval/margin": 2.0}],
         "ppo": [{"step": 0, "eval/loss": -0.1, "eval/scores": 0.5, "eval/gold": 0.1},
                 {"step": 20, "eval/loss": -0.2, "eval/scores": 0.75, "eval/gold": 0.2}],
     }  # fmt: skip
@@ -26,12 +28,15 @@ def test_before_and_after_samples_and_lineage_are_shown(tmp_path):
         (tmp_path / name).mkdir()
         manifest = {"stage": stage, "final_metrics": {"win_rate/win_rate": 0.625}}
         (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
-    parents = {"sft": set(), "ppo": {"sft"}, "final": {"ppo"}, "judged": {"sft", "final"}}
+    parents = {"sft": set(), "reward": {"sft"}, "ppo": {"sft"}, "final": {"ppo"}, "judged": {"sft", "final"}}
     stages = {name: Lineage(f"title of {name}", f"{i}" * 64, parents[name]) for i, name in enumerate(parents)}
     samples = {name: [{"prompt": "<What>?", "response": f"{name} & co"}] for name in ("sft", "ppo")}
     page = pathlib.Path(write_pipeline_report(str(tmp_path), stages, samples)).read_text()
     assert table(page, "Before and after each stage")[1:] == [
         ["sft", "loss (nats per token)", "4", "0", "2", "9"],
+        ["reward", "preference loss", "0.7", "0", "0.25", "8"],
+        ["reward", "share of pairs in the right order", "0.5", "0", "0.875", "8"],
+        ["reward", "margin of the better response (reward units)", "0", "0", "2", "8"],
         ["ppo", "score", "0.5", "0", "0.75", "20"],
         ["ppo", "gold reward", "0.1", "0", "0.2", "20"],
         ["judged", "win_rate/win_rate", "", "", "0.625", ""],
@@ -39,7 +44,7 @@ def test_before_and_after_samples_and_lineage_are_shown(tmp_path):
     assert table(page, "The same prompts, answered after each stage")[1] == [
         "&lt;What&gt;?", "sft &amp; co", "ppo &amp; co"
     ]  # fmt: skip
-    assert table(page, "Lineage")[2:4] == [["ppo", "sft", "1" * 12], ["final", "ppo", "2" * 12]]
+    assert table(page, "Lineage")[3:5] == [["ppo", "sft", "2" * 12], ["final", "ppo", "3" * 12]]
 
 
 def test_a_failed_expectation_comes_first_and_in_plain_words(tmp_path):

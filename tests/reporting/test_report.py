@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from jaxgpt.reporting import plots
 from jaxgpt.reporting.plots import plot_curves, running_mean
 from jaxgpt.reporting.report import write_report
 
@@ -33,6 +34,37 @@ def test_a_full_run_is_shown_in_one_file(tmp_path):
     assert "uniform" in page
     assert page.count("data:image/png;base64,") == 3
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"loss.png", "learning_rate.png", "grad_norm.png"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "labels"),
+    [
+        (
+            {"train/loss": 1, "train/accuracy": 0.5, "eval/log_z": 1, "eval/accuracy": 0.5},
+            {"loss": "loss (nats per token)", "accuracy": "next-token accuracy"},
+        ),
+        (
+            {"train/loss": 1, "reward/accuracy": 0.5, "reward/margin": 1, "eval/accuracy": 0.5},
+            {
+                "loss": "preference loss (mean over prompts)",
+                "accuracy": "share of pairs in the right order",
+                "margin": "margin of the better response (reward units)",
+            },
+        ),
+        ({"objective/kl": 1, "eval/loss": -1, "eval/scores": 1}, {"score": "score (reward units)"}),
+    ],
+)
+def test_an_axis_says_what_the_stage_measures(tmp_path, monkeypatch, metrics, labels):
+    found = {}
+    draw = plots._draw
+    monkeypatch.setattr(plots, "_draw", lambda axes, *rest: found.setdefault(axes, None) or draw(axes, *rest))
+    paths = plot_curves([{"step": 0, **metrics}, {"step": 1, **metrics}], str(tmp_path), {})
+    shown = {axes.get_ylabel() for axes in found}
+    names = {pathlib.Path(path).stem for path in paths}
+    assert labels.keys() <= names
+    assert set(labels.values()) <= shown
+    assert ("loss" in names) == ("train/loss" in metrics)
+    assert ("next-token accuracy" in shown) == ("eval/log_z" in metrics)
 
 
 def test_a_run_of_reinforcement_learning_shows_where_gold_leaves_the_score(tmp_path):

@@ -1,15 +1,18 @@
 """The loop's own decisions, with steps that cost nothing."""
 
 import itertools
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.train import loop
 from jaxgpt.train.config import NonfiniteConfig
 from jaxgpt.train.loop import LoopConfig, train
-from jaxgpt.train.throughput import training_flops_per_token
+from jaxgpt.train.throughput import TrainingFlops, peak_flops, training_flops_per_token
 
 
 class Saves:
@@ -108,8 +111,41 @@ def test_flops_per_token_are_palms_for_a_plain_gpt():
 
     model = ModelConfig(**model_config("gpt2-124m"))
     n = 12 * (4 * 768**2 + 8 * 768**2) + 768 * 50257
-    assert training_flops_per_token(model, 1024) == 6 * n + 12 * 12 * 12 * 64 * 1024
+    assert training_flops_per_token(model, 1024).full == 6 * n + 12 * 12 * 12 * 64 * 1024
+    assert training_flops_per_token(model, 1024).causal == 6 * n + 12 * 12 * 12 * 64 * 1025 / 2
     local = ModelConfig(vocab_size=8, num_layers=2, sliding_window=10, window_pattern=("local", "global"))
     plain = ModelConfig(vocab_size=8, num_layers=2)
-    difference = training_flops_per_token(plain, 100) - training_flops_per_token(local, 100)
+    difference = training_flops_per_token(plain, 100).full - training_flops_per_token(local, 100).full
     np.testing.assert_allclose(difference, 12 * 4 * 32 * 90)
+    # The queries 1 to 10 of the local layer see 1 to 10 keys, the other 90 see 10: 955 over all; a global layer has 5050.
+    difference = training_flops_per_token(plain, 100).causal - training_flops_per_token(local, 100).causal
+    np.testing.assert_allclose(difference, 12 * 4 * 32 * (5050 - 955) / 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU7x", 1153.5e12), ("TPU v6 lite", 918e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v4", 275e12),
+        ("NVIDIA GB300", 2500e12), ("NVIDIA B300 SXM6 AC", 2250e12), ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H20", 148e12), ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12), ("AMD Instinct MI300X", 1307e12), ("AMD Instinct MI355X", 2516e12), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_chip_is_of_the_chip_and_not_of_another_whose_name_begins_alike(kind, peak):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
+
+
+def test_both_conventions_of_mfu_are_logged():
+    config = LoopConfig(
+        10,
+        2,
+        4,
+        3,
+        NonfiniteConfig("stop", 1),
+        5,
+        flops_per_token=TrainingFlops(causal=3.0, full=5.0),
+        peak_flops=100.0,
+    )
+    row = loop._train_row({}, 0.1, 40.0, config)
+    share = 40.0 / (100.0 * jax.device_count())
+    assert (row["train/mfu"], row["train/mfu_full_attention"]) == pytest.approx((3 * share, 5 * share))
