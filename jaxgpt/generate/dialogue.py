@@ -49,7 +49,10 @@ class ChatFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """How responses are drawn. max_new_tokens: 0 is half of the model's context. Token t of response i: key (seed, i)."""
+    """How responses are drawn. max_new_tokens: 0 is half of the model's context. Token t of response i: key (seed, i).
+
+    seed: below 2**32.
+    """
 
     sampler: SamplerConfig = SamplerConfig()
     max_new_tokens: int = 0
@@ -59,6 +62,8 @@ class Speech:
         for name in ("max_new_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, not {self.seed}.")
 
 
 class Dialogue:

@@ -51,13 +51,18 @@ class Token:
 
 @dataclasses.dataclass
 class _Slot:
-    """ids: tokens in the cache. pending: of the prompt, still to be written. drawn: ids drawn for the request."""
+    """ids: tokens in the cache. pending: of the prompt, still to be written. drawn: ids drawn for the request.
+
+    seen_V: bool, tokens of the request's prompt. draw: how it draws, B = 1.
+    """
 
     ids: list[int] = dataclasses.field(default_factory=list)
     request: Request | None = None
     pending: list[int] = dataclasses.field(default_factory=list)
     drawn: list[int] = dataclasses.field(default_factory=list)
     used: int = 0
+    seen_V: np.ndarray | None = None
+    draw: Draw | None = None
 
 
 class Engine:
@@ -89,9 +94,15 @@ class Engine:
         self._chunks = [c for c in _CHUNKS if c <= self.max_length] or [_CHUNKS[0]]
         # Padding after a prompt's last token needs slots, too.
         length = self.max_length + self._chunks[-1]
-        self._state = init_state(cfg, num_slots=num_slots, length=length, mesh=mesh)
+        self._init_state = functools.partial(init_state, cfg, num_slots=num_slots, length=length, mesh=mesh)
+        self._state = self._init_state()
         self._prefill = functools.partial(prefill, cfg, params, mesh=mesh)
         self._decode_step = functools.partial(decode_step, cfg, params, mesh=mesh)
+
+    def reset(self) -> None:
+        """Give up all requests and forget all caches: a step that failed may have taken the state with it."""
+        self._slots = [_Slot() for _ in self._slots]
+        self._state = self._init_state()
 
     @property
     def num_free(self) -> int:
@@ -111,9 +122,17 @@ class Engine:
             )
 
     def start(self, request: Request) -> int:
-        """The slot that serves a request from the next step on; ValueError as `check`, RuntimeError if none is free."""
+        """The slot that serves a request from the next step on; ValueError as `check`, RuntimeError if none is free.
+
+        Whatever is wrong with a request is raised here, where it takes no slot: a step serves all of them.
+        """
         self.check(len(request.prompt), request.max_new)
         prompt = [int(i) for i in request.prompt]
+        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            raise ValueError(f"The prompt has ids outside of the model's vocabulary of {self.vocab_size}.")
+        seen_V = np.zeros(self.vocab_size, bool)
+        seen_V[prompt] = True
+        draw = _draw_of(request)
         free = [i for i, slot in enumerate(self._slots) if slot.request is None]
         if not free:
             raise RuntimeError("There is no free slot.")
@@ -122,7 +141,7 @@ class Engine:
         chosen = min(free, key=lambda i: (-common[i], self._slots[i].used))
         kept = common[chosen]
         self._clock += 1
-        self._slots[chosen] = _Slot(prompt[:kept], request, prompt[kept:], [], self._clock)
+        self._slots[chosen] = _Slot(prompt[:kept], request, prompt[kept:], [], self._clock, seen_V, draw)
         self.reused += kept
         self.computed += len(prompt) - kept
         return chosen
@@ -160,17 +179,12 @@ class Engine:
     def _write_prompt(self, row: int) -> list[Token]:
         """Write the next part of a prompt; the first token drawn, if it was the last part."""
         slot = self._slots[row]
-        request = slot.request
-        if request is None:
-            raise RuntimeError("A slot without a request has no prompt to write.")
         chunk = next((c for c in self._chunks if c >= len(slot.pending)), self._chunks[-1])
         part, slot.pending = slot.pending[:chunk], slot.pending[chunk:]
         tokens_T = np.zeros(chunk, np.int32)
         tokens_T[: len(part)] = part
-        seen_V = np.zeros(self.vocab_size, bool)
-        seen_V[np.asarray(request.prompt, np.int64)] = True
         place = np.array([row, len(slot.ids), len(part)], np.int32)
-        self._state, drawn = self._prefill(self._state, tokens_T, place, seen_V, _draw_of(request))
+        self._state, drawn = self._prefill(self._state, tokens_T, place, slot.seen_V, slot.draw)
         slot.ids += part
         return [] if slot.pending else [self._token(row, jax.device_get(drawn), 0)]
 

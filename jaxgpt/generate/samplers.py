@@ -18,15 +18,15 @@ from jaxgpt.types import Array
 class SamplerConfig:
     """How the next token is drawn; the defaults are the model's own distribution.
 
-    temperature: logits are divided by it; 0 is greedy.
+    temperature: logits are divided by it; 0 is greedy, else 1e-6 to 1e6.
     top_k: keep the k most probable tokens, and all that tie with the last of them (Fan et al. 2018,
       arXiv:1805.04833); 0 is off.
     top_p: keep the fewest tokens that hold this probability, most probable first (Holtzman et al. 2020,
-      arXiv:1904.09751); 1 is off.
+      arXiv:1904.09751); 1e-6 to 1, where 1 is off.
     min_p: keep tokens of at least this share of the largest probability (Nguyen et al. 2024, arXiv:2407.01082);
       0 is off.
     repetition_penalty: logits of tokens that occur in the prompt or in what was generated are divided by it where
-      positive, multiplied where negative (Keskar et al. 2019, arXiv:1909.05858); 1 is off.
+      positive, multiplied where negative (Keskar et al. 2019, arXiv:1909.05858); 1e-6 to 1e6, where 1 is off.
     """
 
     temperature: float = 1.0
@@ -37,16 +37,19 @@ class SamplerConfig:
 
     def __post_init__(self):
         # Between 0 and 1e-6 a division could overflow float32, and the distribution is greedy's anyway.
-        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
-            raise ValueError(f"sampler.temperature must be 0 (greedy) or at least 1e-6, not {self.temperature}.")
-        if self.top_k < 0:
-            raise ValueError(f"sampler.top_k must be 0 (off) or positive, not {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampler.top_p must be in (0, 1], where 1 is off, not {self.top_p}.")
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(
+                f"sampler.temperature must be 0 (greedy) or at least 1e-6, and at most 1e6, not {self.temperature}."
+            )
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"sampler.top_k must be 0 (off) or positive, and below 2**31, not {self.top_k}.")
+        # In float32 a smaller number may be 0, which would keep no token at all.
+        if not 1e-6 <= self.top_p <= 1:
+            raise ValueError(f"sampler.top_p must be between 1e-6 and 1, where 1 is off, not {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"sampler.min_p must be in [0, 1], where 0 is off, not {self.min_p}.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"sampler.repetition_penalty must be positive, not {self.repetition_penalty}.")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(f"sampler.repetition_penalty must be between 1e-6 and 1e6, not {self.repetition_penalty}.")
 
 
 class RowSamplers(struct.PyTreeNode):

@@ -93,8 +93,9 @@ class TextEngine:
 
     def start(self, request: Request, stop: Sequence[str] = (), prefix: str = "") -> int:
         """`Engine.start`; stop: texts that end the response and are left out of it; prefix: as in `TextStream`."""
+        stream = TextStream(self.tokenizer, stop, prefix)
         slot = self.engine.start(request)
-        self._streams[slot] = TextStream(self.tokenizer, stop, prefix)
+        self._streams[slot] = stream
         return slot
 
     def cancel(self, slot: int) -> None:
@@ -102,14 +103,21 @@ class TextEngine:
         self.engine.cancel(slot)
         self._streams.pop(slot, None)
 
-    def step(self) -> list[tuple[int, Piece]]:
-        """`Engine.step`, as pieces: (slot, piece). A slot whose piece has a finish is free again."""
-        pieces = []
+    def step(self) -> list[tuple[int, Piece | Exception]]:
+        """`Engine.step`, as pieces: (slot, piece). A slot whose piece has a finish is free again.
+
+        What goes wrong with the text of one slot stands in its piece's place, and frees that slot alone. What the engine
+        raises concerns all slots, and is raised.
+        """
+        pieces: list[tuple[int, Piece | Exception]] = []
         for token in self.engine.step():
             if token.slot not in self._streams:  # a stop string has ended it in this very step
                 continue
-            piece = self._streams[token.slot].push(token)
-            if piece.finish:
+            try:
+                piece: Piece | Exception = self._streams[token.slot].push(token)
+            except Exception as error:
+                piece = error
+            if isinstance(piece, Exception) or piece.finish:
                 self.cancel(token.slot)
             pieces.append((token.slot, piece))
         return pieces
@@ -119,6 +127,9 @@ class TextEngine:
         slot = self.start(request, stop, prefix)
         try:
             while slot in self._streams:
-                yield from (piece for at, piece in self.step() if at == slot)
+                for _, piece in self.step():
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
         finally:
             self.cancel(slot)

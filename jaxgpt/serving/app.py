@@ -2,13 +2,16 @@
 
 import asyncio
 import functools
+import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -16,9 +19,11 @@ from starlette.types import Receive, Scope, Send
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.stream import Piece
 from jaxgpt.serving import protocol
-from jaxgpt.serving.protocol import ApiError, Call, Limits
+from jaxgpt.serving.protocol import ApiError, Call, Limits, internal_error
 from jaxgpt.serving.responses import Choice, Writer, event
 from jaxgpt.serving.worker import Worker
+
+NUM_READERS = 2  # threads that read bodies, render templates and tokenize
 
 
 def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes: int) -> Starlette:
@@ -26,6 +31,7 @@ def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes
 
     Every error has OpenAI's body, {"error": {"message", "type", "param", "code"}}. A client that goes away frees its slots.
     """
+    readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader")
     card = {"id": limits.model, "object": "model", "created": int(time.time()), "owned_by": "jaxgpt"}
 
     async def health(request: Request) -> Response:
@@ -47,13 +53,20 @@ def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes
 
     def endpoint(body_cls: type, make_call: Callable[..., Call], is_chat: bool):
         async def handle(request: Request):
-            data = await _read_body(request, max_body_bytes)
-            body = protocol.parse_body(body_cls, data)
-            seed = secrets.randbits(32)
-            # Tokenizing a long prompt takes a while, in which others are answered.
-            call = await asyncio.to_thread(make_call, body, form, limits, seed)
+            try:
+                data = await _read_body(request, max_body_bytes)
+            except ClientDisconnect:
+                return _nobody
+            # A long prompt takes a while, in which others are answered; few threads, so that the engine's has its turn.
+            call = await asyncio.get_running_loop().run_in_executor(readers, read, data)
             writer = Writer(call, form.tokenizer, limits.model, is_chat=is_chat)
             return functools.partial(_respond, worker, call, writer)
+
+        def read(data: bytes) -> Call:
+            try:
+                return make_call(protocol.parse_body(body_cls, data), form, limits, secrets.randbits(32))
+            except RecursionError as error:
+                raise ApiError(400, "The body is nested too deeply.") from error
 
         return handle
 
@@ -77,6 +90,10 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise ApiError(413, f"The body is longer than {max_bytes} bytes.", code="body_too_large")
     return bytes(body)
+
+
+async def _nobody(scope: Scope, receive: Receive, send: Send) -> None:
+    """The response to a client that has gone."""
 
 
 async def _respond(worker: Worker, call: Call, writer: Writer, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,14 +162,22 @@ async def _write_stream(call, writer: Writer, queue, scope: Scope, receive: Rece
         await put(writer.closing(choices))
     except ApiError as error:
         await put(event(error.body))
+    except Exception as error:
+        logging.exception("A stream failed.")
+        await put(event(internal_error(error).body))
     await put("", more=False)
+
+
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """The response for an error: its body is plain ASCII, whatever it quotes."""
+    retry = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    return Response(json.dumps(error.body), error.status, {**retry, **(headers or {})}, "application/json")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse(error.body, error.status, headers)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -160,8 +185,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     message = f"{request.method} {request.url.path}: {error.detail}."
-    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
+    return error_response(ApiError(error.status_code, message), error.headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, f"Internal error: {type(error).__name__}.").body, 500)
+    return error_response(internal_error(error))

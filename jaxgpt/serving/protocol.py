@@ -18,6 +18,8 @@ from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import stop_ids
 
 MAX_STOP = 16  # stop strings of one request
+MAX_STOP_LENGTH = 1000  # characters of a stop string: each token is compared with what all of them begin with
+MAX_MESSAGE = 500  # characters of an error's message, which may quote what a client sent
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 # What clients may send although it is not supported, as long as it says "off".
 _OFF: dict[str, tuple] = {
@@ -31,10 +33,23 @@ class ApiError(Exception):
     """An HTTP status with a body in OpenAI's format."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        message = _shortened(message, MAX_MESSAGE)
         super().__init__(message)
         kind = _TYPES.get(status, "invalid_request_error")
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = {
+            "error": {"message": message, "type": kind, "param": param and _shortened(param, 100), "code": code}
+        }
+
+
+def _shortened(text: str, most: int) -> str:
+    """A text with its middle left out where it is longer than that: its end says what to do."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[len(text) - most // 2 + 5 :]}"
+
+
+def internal_error(error: Exception) -> ApiError:
+    """The error for what is no client's mistake; what it says stays in the log."""
+    return ApiError(500, f"Internal error: {type(error).__name__}.")
 
 
 def invalid(param: str | None, message: str) -> ApiError:
@@ -130,7 +145,7 @@ def parse_body(cls: type, data: bytes) -> Any:
                 raise ApiError(400, f"{key} is not supported; leave it out.", param=key, code="unsupported_parameter")
             continue
         if key not in hints:
-            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(key[:100], hints, n=1, cutoff=0.0)[0]
             message = f"There is no parameter {key!r}; the nearest is {nearest!r}."
             raise ApiError(400, message, param=key, code="unknown_parameter")
         fields[key] = _checked(key, functools.partial(config_lib.convert, value, hints[key], key))
@@ -160,6 +175,8 @@ def completion_call(body: CompletionBody, form: ChatFormat, limits: Limits, seed
     encoded = [_encode(form, prompt) for prompt in prompts]
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
     ends = stop_ids(form.tokenizer)
+    if not all(encoded):
+        raise invalid("prompt", "prompt has no tokens, so there is nothing to continue.")
     return _call(body, encoded, ends, "", max_tokens, "max_tokens", body.logprobs, "logprobs", limits, seed)
 
 
@@ -171,6 +188,8 @@ def chat_call(body: ChatBody, form: ChatFormat, limits: Limits, seed: int) -> Ca
     _check_choices(body, 1, limits)
     messages = _messages(body.messages, limits)
     ids = _checked("messages", lambda: form.encode(messages))
+    if not ids:
+        raise invalid("messages", "messages have no tokens, so there is nothing to answer.")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = max(1, limits.max_length - len(ids)) if wanted is None else wanted
@@ -200,8 +219,14 @@ def _call(
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     if len(stop) > MAX_STOP or not all(stop):
         raise invalid("stop", f"stop must be at most {MAX_STOP} texts, none empty.")
+    if max(map(len, stop), default=0) > MAX_STOP_LENGTH:
+        raise invalid("stop", f"A stop text can have at most {MAX_STOP_LENGTH} characters.")
+    for text in stop:
+        _check_text(text, "stop")
     sampler = _sampler(body)
     seed = seed if body.seed is None else body.seed
+    if not -(2**63) <= seed < 2**63:
+        raise invalid("seed", f"seed must be a 64-bit integer, not {seed}.")
     requests = [
         Request(ids, max_tokens, ends, sampler, seed, choice, bool(num_logprobs))
         for choice, ids in enumerate(ids for ids in prompts for _ in range(body.n))
@@ -263,7 +288,7 @@ def _message(item: Any, where: str) -> Message:
         raise invalid(where, f"{where} must be an object with role and content.")
     role = "system" if item.get("role") == "developer" else item.get("role")
     if role not in ROLES:
-        nearest = difflib.get_close_matches(str(role), ROLES, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(role)[:100], ROLES, n=1, cutoff=0.0)[0]
         message = f"{where}.role={role!r} is not one of {', '.join(ROLES)}; the nearest is {nearest!r}."
         raise invalid(f"{where}.role", message)
     known = ("role", "content", "name", "refusal")

@@ -116,5 +116,5 @@ class Writer:
 
 
 def event(body: dict) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    """A server-sent event, in plain ASCII."""
+    return f"data: {json.dumps(body)}\n\n"

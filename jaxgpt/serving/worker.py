@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from jaxgpt.generate.stream import Piece, TextEngine
-from jaxgpt.serving.protocol import ApiError, Call
+from jaxgpt.serving.protocol import ApiError, Call, internal_error
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,6 +22,9 @@ class Job:
 class Worker:
     """Runs an engine in a thread of its own, from `start` to `stop`.
 
+    Whatever goes wrong with one request ends that request, with an error for its client. A step serves all of them, so that
+    one that fails ends the worker: every client gets an error, and the process has to be started again.
+
     max_queue: choices that may wait beyond those the slots take. failure: what broke the engine, None while it is well.
     """
 
@@ -32,10 +35,12 @@ class Worker:
         self._running: dict[int, tuple[Job, int]] = {}
         self._is_draining = self._is_stopped = False
         self._changed = threading.Condition()
+        self._on_failure: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine")
 
-    def start(self) -> None:
-        """Begin to serve."""
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Begin to serve. on_failure: called by the thread when the engine has failed and all clients know."""
+        self._on_failure = on_failure
         self._thread.start()
 
     def submit(self, call: Call, emit: Callable[[int, Piece | ApiError], None]) -> Job:
@@ -90,18 +95,30 @@ class Worker:
             self._is_draining = True
             self.failure = str(error) if error.status == 500 else None
             for job, index in [*self._running.values(), *self._waiting]:
-                if not job.is_cancelled:
-                    job.emit(index, error)
+                self._emit(job, index, error)
             self._running.clear()
             self._waiting.clear()
+        if self.failure is not None:
+            self._on_failure()
 
-    def _deliver(self, slot: int, piece: Piece) -> None:
+    def _deliver(self, slot: int, piece: Piece | Exception) -> None:
         with self._changed:
             job, index = self._running[slot]
-            if piece.finish:
+            if isinstance(piece, Exception):
+                logging.error("The text of a request failed.", exc_info=piece)
+                piece = internal_error(piece)
+            if isinstance(piece, ApiError) or piece.finish:
                 del self._running[slot]
-            if not job.is_cancelled:  # checked under the lock: after `cancel` nobody listens
-                job.emit(index, piece)
+            self._emit(job, index, piece)
+
+    def _emit(self, job: Job, index: int, piece: Piece | ApiError) -> None:
+        """Tell a job's client, if there still is one: after `cancel` nobody listens, which the lock makes sure of."""
+        if job.is_cancelled:
+            return
+        try:
+            job.emit(index, piece)
+        except Exception:  # the event loop it was called from has gone
+            job.is_cancelled = True
 
     def _admit(self) -> bool:
         """Wait for work, let go what was cancelled and start what there are slots for; False when it is time to stop."""
@@ -115,6 +132,11 @@ class Worker:
                     del self._running[slot]
             while self._waiting and self._engine.engine.num_free:
                 job, index = self._waiting.popleft()
-                slot = self._engine.start(job.call.requests[index], job.call.stop, job.call.prefix)
-                self._running[slot] = (job, index)
+                try:
+                    slot = self._engine.start(job.call.requests[index], job.call.stop, job.call.prefix)
+                except Exception as error:
+                    logging.exception("A request could not be started.")
+                    self._emit(job, index, internal_error(error))
+                else:
+                    self._running[slot] = (job, index)
             return True

@@ -3,101 +3,34 @@
 import asyncio
 import functools
 import json
-import re
 import threading
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("starlette")
-
-from jaxgpt import partition  # noqa: E402
-from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message  # noqa: E402
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer  # noqa: E402
-from jaxgpt.generate.dialogue import ChatFormat  # noqa: E402
-from jaxgpt.generate.engine import Engine  # noqa: E402
-from jaxgpt.generate.samplers import SamplerConfig  # noqa: E402
-from jaxgpt.generate.stream import TextEngine  # noqa: E402
-from jaxgpt.generate.text import generate_texts  # noqa: E402
-from jaxgpt.models import decoder  # noqa: E402
-from jaxgpt.models.config import ModelConfig  # noqa: E402
-from jaxgpt.serving.app import make_app  # noqa: E402
-from jaxgpt.serving.protocol import Limits  # noqa: E402
-from jaxgpt.serving.worker import Worker  # noqa: E402
-
-SLOTS, QUEUE, CONTEXT = 2, 3, 64
-TOKENIZER = train_tokenizer(
-    ["Ann sees Bob and Cid likes Dora."] * 3, TokenizerConfig(model_type="char", vocab_size=400)
-)
-TEMPLATE = ChatTemplate(CHAT_TEMPLATES["roles"], "roles")
-CFG = ModelConfig(
-    vocab_size=TOKENIZER.vocab_size, num_layers=1, embed_dim=16, num_heads=2, max_seq_length=CONTEXT, init="fan_in",
-    dtype="float32", tie_embeddings=False,
+from jaxgpt.data.chat import Message
+from jaxgpt.generate.samplers import SamplerConfig
+from jaxgpt.generate.text import generate_texts
+from jaxgpt.models import decoder
+from tests.serving.tiny import (
+    CFG,
+    CHAT,
+    COMPLETION,
+    HELLO,
+    QUEUE,
+    SLOTS,
+    TEMPLATE,
+    TOKENIZER,
+    call,
+    check_error,
+    client,
+    complete,
+    events,
+    make,
 )  # fmt: skip
+
 GREEDY = SamplerConfig(temperature=0)
-HELLO = [{"role": "user", "content": "Ann sees"}]
-
-
-class Served(NamedTuple):
-    worker: Worker
-    app: object
-    engine: TextEngine
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.jit(lambda: partition.unbox(decoder.init_params(CFG, jax.random.key(0))))()
-
-
-def make(params, template=TEMPLATE) -> Served:
-    mesh = partition.make_mesh(partition.MeshConfig(), devices=jax.devices()[:1])
-    params = jax.device_put(params, partition.replicated(mesh))
-    engine = TextEngine(Engine(CFG, params, mesh, num_slots=SLOTS), TOKENIZER)
-    worker = Worker(engine, num_slots=SLOTS, max_queue=QUEUE)
-    form = ChatFormat.of(TOKENIZER, template)
-    return Served(worker, make_app(worker, form, Limits("tiny", CONTEXT, 5), max_body_bytes=4000), engine)
-
-
-@pytest.fixture(scope="module")
-def served(params):
-    made = make(params)
-    made.worker.start()
-    yield made
-    made.worker.stop()
-
-
-@pytest.fixture
-def idle(params):
-    """A server whose worker the test starts itself."""
-    made = make(params)
-    yield made
-    if made.worker._thread.ident is None:
-        made.worker.start()
-    made.worker.stop()
-
-
-def client(app):
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60)
-
-
-def call(served, path, body=None, method="POST"):
-    """The response to one request; a body that is not bytes goes as JSON."""
-
-    async def send():
-        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        async with client(served.app) as http:
-            return await http.request(method, path, content=content)
-
-    return asyncio.run(send())
-
-
-def complete(served, **fields):
-    response = call(served, "/v1/completions", {"model": "tiny", "prompt": "Ann", "temperature": 0, **fields})
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def chat(served, **fields):
@@ -105,13 +38,6 @@ def chat(served, **fields):
     response = call(served, "/v1/chat/completions", body)
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def events(response) -> list[dict]:
-    assert response.headers["content-type"].startswith("text/event-stream")
-    parts = response.text.split("\n\n")
-    assert parts[-2:] == ["data: [DONE]", ""]
-    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
 def expected(params, ids, max_new, stop, seed=0, sampler=GREEDY, rows=1):
@@ -228,7 +154,6 @@ def test_calls_at_the_same_time_share_steps_and_get_what_they_get_alone(served, 
     assert len(steps) < 60  # two slots; one after the other they would take 80
 
 
-COMPLETION, CHAT = {"model": "tiny", "prompt": "ab"}, {"model": "tiny", "messages": HELLO}
 WHOLE_BODIES = [
     ("completions", b"{", 400, None, None, "not valid JSON"),
     ("completions", b"[1]", 400, None, None, "must be a JSON object"),
@@ -264,13 +189,6 @@ FIELDS = [
     (CHAT, "top_logprobs", 2, 400, "invalid_value", "needs logprobs"),
     (CHAT, "tools", [{}], 400, "unsupported_parameter", "not supported"),
 ]
-
-
-def check_error(response, status, param, code, words):
-    error = response.json()["error"]
-    assert (response.status_code, error["code"]) == (status, code), error
-    assert (error["param"] or "").partition("[")[0] == (param or "")
-    assert re.search(words, error["message"]), error
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param", "code", "words"), WHOLE_BODIES)
@@ -366,7 +284,7 @@ def test_an_engine_that_breaks_is_500_for_all_and_seen_in_health(idle, monkeypat
     def broken():
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(idle.engine, "step", broken)
+    monkeypatch.setattr(idle.engine.engine, "step", broken)
     idle.worker.start()
     for _ in range(2):
         check_error(call(idle, "/v1/completions", COMPLETION), 500, None, None, "The engine failed: RuntimeError")
@@ -384,7 +302,7 @@ def test_a_client_that_goes_away_frees_its_slot(served, monkeypatch, stream):
         "type": "http",
         "method": "POST",
         "path": "/v1/completions",
-        "headers": [],
+        "headers": [(b"content-type", b"application/json")],
         "query_string": b"",
         "asgi": {},
     }
