@@ -1,15 +1,14 @@
 """What every stage's command shares: --config with overrides, --workdir, --print_config, and errors a user can act on."""
 
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
+from experiments import errors
+from experiments.config_file import read_config, resolved
 from jaxgpt import config as config_lib
 from jaxgpt import partition
 
@@ -28,8 +27,9 @@ def run(
 ) -> None:
     """Parse the command line, build `config_cls` and call main(config, workdir) within absl's app.
 
-    A ValueError anywhere is a user's mistake: one sentence on stderr, exit code 2. Several processes (launch.local, a
-    TPU pod) are joined before main. A run that diverged (FloatingPointError) ends with its sentence and exit code 1.
+    A user's mistake, or what the environment does not give (disk, permission, memory), is one sentence on stderr and exit
+    code 2; see errors.py. Several processes (launch.local, a TPU pod) are joined before main. A run that diverged
+    (FloatingPointError) ends with its sentence and exit code 1.
     """
     overrides: list[tuple[str, str]] = []
 
@@ -41,7 +41,7 @@ def run(
             if positional[1:]:
                 raise ValueError(f"Unexpected argument {positional[1]!r}; fields are set as --config.a.b=value.")
         except (flags.Error, ValueError) as error:
-            _fail(error)
+            _fail(str(error))
         return positional
 
     def start(_) -> None:
@@ -56,13 +56,14 @@ def run(
                 raise ValueError("--workdir=DIR is required: the folder for the run's files.")
             partition.start_distributed()
             main(config, _WORKDIR.value or "")
-        except ValueError as error:
-            if not _is_ours(error):
-                raise
-            _fail(error)
         except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+        except Exception as error:
+            said = errors.sentence(error)
+            if said is None:
+                raise
+            _fail(said)
 
     app.run(start, flags_parser=parse_flags)
 
@@ -86,55 +87,24 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def load_config(spec: str, overrides: list[tuple[str, str]], config_cls: type[T]) -> T:
-    """The config of a file (`path.py` or `path.py:preset`) with overrides, as a validated `config_cls`."""
-    values = plain_config(spec)
+    """The config of a file (`path.py` or `path.py:preset`) with overrides, as a validated `config_cls`.
+
+    Raises:
+      ValueError: also where the file, or the overrides, set num_train_steps and num_epochs both.
+    """
+    values = read_config(spec)
+    config_lib.check_exclusive(dict(config_lib.flatten(values)), spec)
+    config_lib.check_exclusive(dict(overrides), "The command line")
     for field, text in overrides:
         config_lib.override(values, config_cls, field, text)
-    return config_lib.build(config_cls, values)
+    return config_lib.build(config_cls, resolved(values))
 
 
 def plain_config(spec: str) -> dict:
     """What a config file gives, as nested dicts."""
-    path, _, preset = spec.partition(":")
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        there = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
-        raise ValueError(f"--config: there is no file {path!r}; {folder} holds {', '.join(there) or 'no configs'}.")
-    return _to_plain(_load_module(path).get_config(preset) if preset else _load_module(path).get_config())
+    return resolved(read_config(spec))
 
 
-def _load_module(path: str) -> Any:
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--config: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"--config: {path}, line {error.lineno}: {error.msg}.") from error
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config: {path} has no get_config().")
-    return module
-
-
-def _to_plain(config: ConfigDict) -> dict:
-    return {k: _to_plain(v) if isinstance(v, ConfigDict) else v for k, v in config.items()}
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the project itself raised it, for the user; anything else is a bug and keeps its traceback."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    source = frame.tb_frame.f_code.co_filename if frame is not None else ""
-    return any(os.path.abspath(source).startswith(os.path.join(_ROOT, part, "")) for part in _PARTS)
-
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PARTS = ("jaxgpt", "experiments", "configs")
-
-
-def _fail(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _fail(said: str) -> None:
+    print(f"error: {' '.join(said.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

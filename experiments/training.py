@@ -83,6 +83,7 @@ def train_in(
         if is_main:
             for label, stats in job.data.stats.items():
                 print(f"{label}: " + ", ".join(f"{count:,} {what}" for what, count in stats.items()))
+            print(_length(config, job.data.train_rows))
             if done:  # it goes on: what starts from it must not take its newest checkpoint for the finished one
                 os.remove(os.path.join(workdir, "manifest.json"))
             workdirs.write_config(workdir, resolved)
@@ -105,6 +106,16 @@ def train_in(
             )  # fmt: skip
             workdirs.write_manifest(workdir, manifest)
             print(f"Finished at step {step}: {workdirs.summary(final)}. Report: {write_report(workdir)}")
+
+
+def _length(config: RunConfig, rows: int) -> str:
+    """How long the run is, in steps and epochs."""
+    epochs = config.num_train_steps * config.batch_size / rows
+    decides = "num_epochs" if config.num_epochs else "num_train_steps"
+    return (
+        f"{config.num_train_steps:,} steps of {config.batch_size:,} rows, {epochs:.3g} epochs of {rows:,} rows, as "
+        f"{decides} says."
+    )
 
 
 def sample_writer(

@@ -5,10 +5,16 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+from jaxgpt.nearest import nearest_field
+
 T = TypeVar("T")
+
+
+# Pairs of fields of one section of which the second, where it is not 0, says what the first would.
+EXCLUSIVE = (("num_train_steps", "num_epochs"),)
 
 
 def build(cls: type[T], values: Mapping[str, Any], field: str = "") -> T:
@@ -20,21 +26,61 @@ def build(cls: type[T], values: Mapping[str, Any], field: str = "") -> T:
       ValueError: one sentence naming the field, for an unknown key (with the nearest known one), a value of the wrong
         type, or whatever the dataclass's own __post_init__ finds.
     """
+    unknown = _first_unknown(cls, values, "")
+    if unknown is not None:
+        raise ValueError(_no_field(cls, *unknown, field))
     hints = typing.get_type_hints(cls)
-    known = list(hints)
-    arguments = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(unknown_key(key, known, field))
-        arguments[key] = convert(value, hints[key], _join(field, key))
+    arguments = {key: convert(value, hints[key], _join(field, key)) for key, value in values.items()}
+    for steps, epochs in EXCLUSIVE:
+        if steps in hints and arguments.get(epochs):
+            arguments.setdefault(steps, 0)  # not the default, which has no say
     return cls(**arguments)
 
 
-def unknown_key(key: str, known, field: str = "") -> str:
-    """The sentence for a key that does not exist, with the nearest one that does."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    nearest = f"; the nearest field is {_join(field, close[0])}" if close else ""
-    return f"There is no config field {_join(field, key)}{nearest}."
+def _first_unknown(hint: Any, values: Any, path: str) -> tuple[str, list[str]] | None:
+    """The first key of nested values that is no field of `hint`, as a path, and the fields that are there beside it."""
+    section, item = _inside(hint)
+    if not isinstance(values, Mapping):
+        return None
+    hints = typing.get_type_hints(section) if section is not None else dict.fromkeys(values, item)
+    for key, value in values.items():
+        here = _join(path, str(key))
+        if key not in hints:
+            while isinstance(value, Mapping) and value:
+                key, value = next(iter(value.items()))
+                here = _join(here, str(key))
+            return here, [_join(path, name) for name in hints]
+        unknown = _first_unknown(hints[key], value, here)
+        if unknown is not None:
+            return unknown
+    return None
+
+
+def _inside(hint: Any) -> tuple[Any, Any]:
+    """(dataclass, None) for the type of a section, (None, type of the items) for that of a mapping, else (None, None)."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for option in typing.get_args(hint) if is_union else (hint,):
+        if dataclasses.is_dataclass(option):
+            return option, None
+        if typing.get_origin(option) is dict:
+            return None, typing.get_args(option)[1]
+    return None, None
+
+
+def _no_field(cls: Any, path: str, siblings: list[str], field: str = "") -> str:
+    nearest = nearest_field(path, [*_fields(cls), *siblings])
+    return f"There is no config field {_join(field, path)}" + (
+        f"; the nearest field is {_join(field, nearest)}." if nearest else "."
+    )
+
+
+def _fields(cls: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields of a config, sections included."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        section, _ = _inside(hint)
+        if section is not None:
+            yield from _fields(section, f"{prefix}{name}.")
 
 
 def convert(value: Any, hint: Any, field: str) -> Any:
@@ -95,17 +141,14 @@ def field_type(cls: Any, path: str) -> Any:
     """The annotated type of a dotted field path below the dataclass `cls`; ValueError naming the nearest known field."""
     hint, seen = cls, ""
     for key in path.split("."):
-        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        options = typing.get_args(hint) if is_union else (hint,)
-        section = next((o for o in options if dataclasses.is_dataclass(o)), None)
-        mapping = next((o for o in options if typing.get_origin(o) is dict), None)
+        section, item = _inside(hint)
         if section is not None:
             hints = typing.get_type_hints(section)
             if key not in hints:
-                raise ValueError(unknown_key(key, hints, seen))
+                raise ValueError(_no_field(cls, path, [_join(seen, name) for name in hints]))
             hint = hints[key]
-        elif mapping is not None:
-            hint = typing.get_args(mapping)[1]
+        elif item is not None:
+            hint = item
         elif hint is not Any:
             raise ValueError(f"{seen} is a single value: it has no field {key!r}.")
         seen = _join(seen, key)
@@ -115,15 +158,59 @@ def field_type(cls: Any, path: str) -> Any:
 def override(values: dict, cls: Any, path: str, text: str) -> None:
     """Set the dotted field `path` of the nested dict `values` from the text of a flag, read as the field's type.
 
-    Lists may be written a,b,c or as a Python literal, mappings as a Python literal, None as none.
+    Lists may be written a,b,c or as a Python literal, mappings as a Python literal, None as none. What other values are
+    computed from may be a leaf with a method `set` (a FieldReference); it is told the value.
     """
-    value = convert(_parse(text, field_type(cls, path)), field_type(cls, path), path)
+    hint = field_type(cls, path)
+    value = to_dict(convert(_parse(text, hint), hint, path))  # plain, so that a later override may change a part of it
     *sections, last = path.split(".")
     for key in sections:
         if not isinstance(values.get(key), dict):
             values[key] = {}
         values = values[key]
-    values[last] = to_dict(value)  # plain, so that a later override may change a part of it
+    set_field(values, last, value)
+
+
+def set_field(section: dict[str, Any], name: str, value: Any) -> None:
+    """Give a field of a section its value, in place of the field of EXCLUSIVE that would say the same in another way."""
+    for steps, epochs in EXCLUSIVE:
+        if name == steps and value:
+            section.pop(epochs, None)
+        elif name == epochs and value:
+            section.pop(steps, None)
+    refer = getattr(section.get(name), "set", None)
+    if callable(refer):
+        refer(value, False)  # not type-safe: the value has the type of the field
+    else:
+        section[name] = value
+
+
+def check_exclusive(fields: Mapping[str, Any], where: str) -> None:
+    """ValueError where both of a pair of EXCLUSIVE are set among these dotted fields, which all stand in one place."""
+    for name, value in fields.items():
+        section, _, last = name.rpartition(".")
+        for steps, epochs in EXCLUSIVE:
+            other = fields.get(_join(section, steps))
+            if last == epochs and _is_set(value) and _is_set(other):
+                raise ValueError(
+                    f"{where} sets both {_join(section, steps)}={other} and {name}={value}; give one of the two."
+                )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of a nested mapping, empty mappings included as values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_set(value: Any) -> bool:
+    try:
+        return value is not None and float(value) != 0
+    except (TypeError, ValueError):
+        return True
 
 
 def _parse(text: str, hint: Any) -> Any:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxgpt.config import flatten
 from jaxgpt.data.sources import SUFFIXES, matching_files
 from jaxgpt.pipeline.expectations import check_expectation
 
@@ -116,15 +117,6 @@ class PipelineConfig:
         for name in self.only or self.stages:
             visit(name, ())
         return done
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of a nested mapping, empty mappings included as values."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def substitute(value: Any, workdirs: Mapping[str, str]) -> Any:

@@ -197,8 +197,9 @@ def _assigned(pipeline: PipelineConfig, values: Mapping[str, Any], target: str) 
 
 def _with(fields: Any, path: list[str], value: Any) -> dict[str, Any]:
     """A copy of nested fields with one set; whether there is such a field is for the stage to judge."""
-    fields = fields if isinstance(fields, Mapping) else {}
-    return {**fields, path[0]: _with(fields.get(path[0]), path[1:], value) if path[1:] else value}
+    fields = dict(fields) if isinstance(fields, Mapping) else {}
+    config_lib.set_field(fields, path[0], _with(fields.get(path[0]), path[1:], value) if path[1:] else value)
+    return fields
 
 
 def _runs(pipeline: PipelineConfig, config_values: Callable[[str], Mapping]) -> dict[str, Run]:

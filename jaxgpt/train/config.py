@@ -63,7 +63,9 @@ class RunConfig:
     """What every training stage is told.
 
     batch_size: global sequences (of preferences: prompts) per update, over all hosts and micro-batches.
-    num_epochs: passes over the rows of all training sources; where positive it takes the place of num_train_steps.
+    num_train_steps: updates; 0 where num_epochs decides them.
+    num_epochs: passes over the rows of all training sources; 0 where num_train_steps decides. One of the two on the command
+      line takes the place of the other in the config file.
     eval_interval_steps: 0 evaluates at the end alone. eval_at_start: also before the first update.
     init_from: the workdir of the run whose parameters are the start.
     """
@@ -87,9 +89,11 @@ class RunConfig:
     init_from: str = ""
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "num_train_steps", "log_interval_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "log_interval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.num_train_steps < (0 if self.num_epochs else 1):
+            raise ValueError(f"num_train_steps must be at least 1, not {self.num_train_steps}.")
         for name in ("eval_interval_steps", "num_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from experiments import cli
+from experiments import errors
 from experiments.score import score_file
 from jaxgpt import tree
 from jaxgpt.finalize.config import FinalizeConfig
@@ -74,7 +74,7 @@ def built_on(policy: pathlib.Path, reward: pathlib.Path) -> None:
 
 def assert_sentence(error: Exception, folder: pathlib.Path) -> None:
     """That commands print it, and exit with 2."""
-    assert cli._is_ours(error)
+    assert errors.is_ours(error)
     assert str(folder) in str(error)
     assert "\n" not in str(error)
 

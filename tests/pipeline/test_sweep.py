@@ -149,3 +149,13 @@ def test_mistakes_are_one_sentence(fields, words):
     with pytest.raises(ValueError, match=words) as error:
         planned(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_steps_that_are_searched_take_the_place_of_a_stages_epochs():
+    stages = STAGES | {"sft": STAGES["sft"] | {"fields": {"init_from": "@pretrain", "num_epochs": 3.0, "seed": 1}}}
+    pipeline = config_lib.build(PipelineConfig, {"stages": stages})
+    trials = plan(sweep({"sft.num_train_steps": [5, 6]}), pipeline, lambda spec: {})
+    assert [trial.last.stage.fields for trial in trials] == [
+        {"init_from": "@pretrain", "seed": 1, "num_train_steps": 5},
+        {"init_from": "@pretrain", "seed": 1, "num_train_steps": 6},
+    ]

@@ -1,0 +1,95 @@
+"""What a command says of an error that the user can act on, in one sentence; all others are bugs and keep their traceback."""
+
+import errno
+import os
+import re
+
+from experiments.config_file import ROOT
+
+_PARTS = ("jaxgpt", "experiments", "configs", "launch")
+_HINTS = {
+    errno.ENOSPC: "the disk is full; make room, or use another folder",
+    errno.EDQUOT: "your quota of the disk is used up; make room, or use another folder",
+    errno.EROFS: "the disk is read-only; use a folder that can be written to",
+    errno.EACCES: "there is no permission; see who owns it, or use another path",
+    errno.EPERM: "there is no permission; see who owns it, or use another path",
+    errno.ENOENT: "there is no such file or folder",
+    errno.EEXIST: "a file of that name is in the way",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENAMETOOLONG: "the name is too long for the disk",
+    errno.EBUSY: "it is in use, or where a disk is mounted; use a folder below it",
+    errno.EIO: "the disk cannot read or write it; it may be broken",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+    errno.ENOTEMPTY: "the folder is not empty",
+    errno.ENOMEM: "there is not enough memory",
+    errno.EADDRINUSE: "the address is in use; another port may be free",
+}
+_LESS_MEMORY = "a smaller batch_size, model or length needs less, as do more devices"
+
+
+def sentence(error: BaseException) -> str | None:
+    """The one line to show for an error of the user's or the environment's, None for a bug."""
+    chain = _chain(error)
+    for one in chain:  # what a library wrapped: a full disk under a checkpoint is not a bug of orbax
+        environment = _environment(one)
+        if environment is not None:
+            return environment
+    if isinstance(error, UnicodeDecodeError):
+        return f"A file is not valid UTF-8: {error.reason} at byte {error.start}."
+    if isinstance(error, ValueError) and is_ours(error):
+        return " ".join(str(error).split())
+    return None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the project itself raised it, for the user."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    source = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    return any(os.path.abspath(source).startswith(os.path.join(ROOT, part, "")) for part in _PARTS)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, and those it was raised for and while handling."""
+    found: list[BaseException] = []
+    following: list[BaseException | None] = [error]
+    while following:
+        one = following.pop(0)
+        if one is not None and one not in found:
+            found.append(one)
+            # A sentence of the project's own says all there is to say of its cause.
+            if not (isinstance(one, ValueError) and is_ours(one)):
+                following += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return found
+
+
+def _environment(error: BaseException) -> str | None:
+    """The sentence for an error of a disk or of memory; None for any other."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return _of_a_path(error.errno, error.strerror, error.filename, error.filename2)
+    text = str(error)
+    wrapped = re.search(r"\[OS error (\d+)", text)  # tensorstore's
+    if wrapped:
+        path = re.search(r"[\"'](/[^\"']*)[\"']", text)
+        return _of_a_path(int(wrapped[1]), None, path[1] if path else None, None)
+    if isinstance(error, MemoryError):
+        return f"There is not enough memory{f' ({text.rstrip(chr(46))})' if text else ''}; {_LESS_MEMORY}."
+    if "RESOURCE_EXHAUSTED" in text and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
+        wanted = re.search(r"allocat\w* ([\d.]+ ?[KMGTP]?i?B|\d+ bytes)", text)
+        return f"The device has not enough memory{f' for another {wanted[1]}' if wanted else ''}; {_LESS_MEMORY}."
+    if isinstance(error, RecursionError):
+        return "Something is nested too deeply to be read: a file or config of the user's is a list in a list in a list ..."
+    return None
+
+
+def _of_a_path(number: int, reason: str | None, path: object, other: object) -> str:
+    said = _HINTS.get(number) or (reason or os.strerror(number)).lower()
+    name = path.decode(errors="replace") if isinstance(path, bytes) else path
+    if name is None or isinstance(name, int):
+        return f"{said[0].upper()}{said[1:]}."
+    # A file that is written is made under another name first; the user knows the one it will have.
+    shown = re.sub(r"(\.[0-9a-f]{32})?\.tmp$", "", str(other if number == errno.EBUSY and other else name))
+    return f"{shown if len(shown) < 300 else shown[:300] + '...'}: {said}."
