@@ -70,10 +70,12 @@ def run_tasks(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inpu
 
 def read_results(path: str, inputs: dict) -> dict:
     """The tasks of an earlier run that was interrupted; ValueError where models or data have changed since."""
-    if not os.path.isfile(path):
+    stored = workdirs.read_json(path)
+    if stored is None:
         return {}
-    with open(path) as file:
-        stored = json.load(file)
+    for part in (*inputs, "tasks"):
+        if not isinstance(stored.get(part), dict):
+            raise ValueError(f"{path} is damaged: it has no {part}; remove it, and the tasks are done again.")
     for part, now in inputs.items():
         for name in now:
             if stored[part].get(name) != now[name]:

@@ -22,6 +22,7 @@ from experiments.score import score_file
 from experiments.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import conversations, pipeline, preference
+from jaxgpt.json_object import read_object
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
 from jaxgpt.train import scoring
@@ -104,8 +105,7 @@ def judge(config: Config, data: pipeline.Data, score: scoring.Scorer) -> dict:
 
 def finish(card_file: str) -> dict:
     """Print the verdict; returns what the manifest says of the card."""
-    with open(card_file) as file:
-        card = json.load(file)
+    card = read_object(card_file)
     result = {"reward_shift": card["reward_shift"]}
     if "passed" not in card:
         return result

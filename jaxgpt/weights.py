@@ -10,6 +10,7 @@ Source: the format's description, https://huggingface.co/docs/safetensors.
 import dataclasses
 import json
 import math
+import operator
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+
+from jaxgpt.json_object import parse_object, read_object
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -63,11 +66,12 @@ def open_weights(folder: str) -> dict[str, StoredTensor]:
             raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
         return read_header(single)
     try:
-        with open(index) as file:
-            files: dict[str, str] = json.load(file)["weight_map"]
+        files: dict[str, str] = read_object(index)["weight_map"]
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("weight_map")
         headers = {name: read_header(os.path.join(folder, name)) for name in sorted(set(files.values()))}
         return {name: headers[file][name] for name, file in files.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+    except (AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{index} does not say where the tensors are: {error!r}.") from error
 
 
@@ -83,19 +87,20 @@ def read_header(path: str) -> dict[str, StoredTensor]:
             raise ValueError(f"{path} is not a safetensors file, or it is cut off: its header does not fit.")
         header = file.read(length)
     try:
-        entries = json.loads(header)
+        entries = parse_object(header, f"{path} is damaged: its header cannot be read")
         entries.pop("__metadata__", None)
-        found = {}
+        found, name = {}, "a tensor"
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
-            tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+            shape = tuple(operator.index(size) for size in entry["shape"])
+            tensor = StoredTensor(path, DTYPES[entry["dtype"]], shape, 8 + length + begin)
             if not 0 <= begin <= end or end - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
                 raise ValueError(f"{path} is damaged: the data of {name} have the wrong size.")
             if 8 + length + end > size:
                 raise ValueError(f"{path} is cut off: {name} ends at byte {8 + length + end} of {size}.")
             found[name] = tensor
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: its header cannot be read ({error!r}).") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read (the entry of {name}: {error!r}).") from error
     return found
 
 

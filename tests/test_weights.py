@@ -122,8 +122,17 @@ DAMAGE = {
     "a wrong size": (lambda folder: by_hand(folder, {"x": X | {"shape": [3]}}, bytes(8)), "x have the wrong size"),
     "a negative begin": (lambda folder: by_hand(folder, {"x": X | {"data_offsets": [-8, 0]}}, bytes(8)), "wrong size"),
     "data cut off": (lambda folder: by_hand(folder, {"x": X}, bytes(7)), "is cut off: x ends at byte"),
-    "no index": (lambda folder: (folder / INDEX).write_text("[]"), "does not say where"),
-    "half an index": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"x'), "does not say where"),
+    "no index": (lambda folder: (folder / INDEX).write_text("[]"), "expected a JSON object, found list"),
+    "an index of numbers": (
+        lambda folder: (folder / INDEX).write_text('{"weight_map": {"x": 3}}'),
+        "does not say where",
+    ),
+    "a shape of floats": (
+        lambda folder: by_hand(folder, {"x": X | {"shape": [2.0]}}, bytes(8)),
+        "header cannot be read",
+    ),
+    "a deep header": (lambda folder: by_hand(folder, b'{"x": ' + b"[" * 100_000), "nested too deeply"),
+    "half an index": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"x'), "not valid JSON"),
     "nothing": (lambda folder: None, "has no weights"),
 }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.json_object import parse_object
+
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _NAMES = ("bos_token", "eos_token", "pad_token")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -57,19 +59,17 @@ class HFTokenizer:
     @classmethod
     def from_dir(cls, folder: str) -> "HFTokenizer":
         """The tokenizer of a folder with tokenizer.json and tokenizer_config.json."""
-        texts = []
+        raw: list[bytes] = []
         for name in (FILE, CONFIG):
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
                 raise ValueError(f"{path} is missing.")
-            with open(path, encoding="utf-8") as file:
-                texts.append(file.read())
-        try:
-            values = json.loads(texts[1])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{os.path.join(folder, CONFIG)}, line {error.lineno}: {error.msg}.") from error
+            with open(path, "rb") as file:
+                raw.append(file.read())
+        values = parse_object(raw[1], os.path.join(folder, CONFIG))
+        parse_object(raw[0], os.path.join(folder, FILE))
         content = lambda token: token["content"] if isinstance(token, dict) else token
-        return cls(texts[0], {name: content(values.get(name)) for name in _NAMES})
+        return cls(raw[0].decode(), {name: content(values.get(name)) for name in _NAMES})
 
     def save(self, folder: str) -> None:
         """Write FOLDER/tokenizer.json and FOLDER/tokenizer_config.json."""

@@ -4,15 +4,17 @@ import difflib
 import glob
 import gzip
 import hashlib
-import json
 import os
 import re
 import string
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow
 import pyarrow.parquet
+
+from jaxgpt.json_object import parse_object
 
 T = TypeVar("T")
 
@@ -57,8 +59,10 @@ def resolve_paths(path: str | Iterable[str], field: str) -> list[str]:
 
 def matching_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files that a path or a glob names, or those of a folder whose names end in one of `suffixes`; maybe none."""
+    if os.path.isfile(pattern):  # whatever its name, which may have brackets
+        return [pattern]
     is_folder = os.path.isdir(pattern)
-    matches = glob.glob(os.path.join(pattern, "*") if is_folder else pattern, recursive=True)
+    matches = glob.glob(os.path.join(glob.escape(pattern), "*") if is_folder else pattern, recursive=True)
     return [m for m in matches if os.path.isfile(m) and (not is_folder or m.endswith(suffixes))]
 
 
@@ -108,20 +112,12 @@ def _read_jsonl(path: str) -> Iterator[Record]:
             for line, raw in enumerate(file, start=1):
                 if raw.strip():
                     yield _parse(raw, path, line)
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip data after line {line} ({error}).") from error
 
 
 def _parse(raw: bytes, path: str, line: int) -> Record:
-    try:
-        fields = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {line}: not valid UTF-8 (byte {error.start} of the line).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {line}: not valid JSON ({error.msg} at column {error.colno}).") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}, line {line}: expected a JSON object, found {type(fields).__name__}.")
-    return Record(fields, path, line)
+    return Record(parse_object(raw, f"{path}, line {line}"), path, line)
 
 
 def _read_parquet(path: str) -> Iterator[Record]:
@@ -143,13 +139,20 @@ def _read_array_record(path: str) -> Iterator[Record]:
         raise ValueError(f"{path}: reading array_record files needs a package: pip install array_record.") from error
     if not os.path.getsize(path):
         return
+    line = -1
     try:
         reader = array_record_module.ArrayRecordReader(path)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable array_record file ({error}).") from error
-    for line in range(reader.num_records()):
-        yield _parse(reader.read([line])[0], path, line + 1)
-    reader.close()
+        for line in range(reader.num_records()):
+            raw = reader.read([line])[0]
+            yield _parse(raw, path, line + 1)
+        reader.close()
+    except (RuntimeError, IndexError) as error:
+        place = f" after record {line + 1}" if line >= 0 else ""
+        raise ValueError(f"{path} is not a readable array_record file{place} ({_first_line(error)}).") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 _READERS = {

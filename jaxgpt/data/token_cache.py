@@ -24,6 +24,7 @@ from tqdm import tqdm
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.sources import Document, content_digest, is_held_out, read_texts
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.json_object import read_object
 
 Split = Literal["train", "held_out", "all"]
 
@@ -121,10 +122,31 @@ def cached_source(
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     entry = cache_dir / key[:32]
-    if not entry.exists():
+    source = _read_entry(entry, key)
+    if source is None:
         _publish(entry, write)
-    meta = json.loads((entry / "meta.json").read_text())
-    return TokenizedSource(path=str(entry), key=key, **meta)
+        source = _read_entry(entry, key)
+    if source is None:
+        raise ValueError(f"{entry} cannot be read again after it was written; is the disk of data.cache_dir whole?")
+    return source
+
+
+def _read_entry(entry: Path, key: str) -> TokenizedSource | None:
+    """The entry; None where there is none, or it is damaged, which is said: it is then removed, to be made anew."""
+    if not entry.exists():
+        return None
+    try:
+        source = TokenizedSource(path=str(entry), key=key, **read_object(str(entry / "meta.json")))
+        for array in (source.tokens, source.offsets, source.trained):
+            del array  # mapped, which looks at the files' sizes
+        if source.num_documents < 1 or source.num_bytes < 0:
+            raise ValueError(f"{entry / 'meta.json'} has counts that cannot be.")
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        said = str(error).rstrip(".") if isinstance(error, ValueError) else "a part of it is missing"
+        tqdm.write(f"{entry} in the token cache is damaged and is made anew: {said}.")
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+    return source
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -142,7 +164,7 @@ def write_meta(folder: Path, dtype: np.dtype, offsets: array.array, num_bytes: i
 def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
     """The content digest of each file, read again only where its size or time of change differs from the last time."""
     memory = cache_dir / "file_digests.json"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    known = _known_digests(memory)
     digests = []
     for path in paths:
         stat = os.stat(path)
@@ -154,6 +176,18 @@ def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
     temporary.write_text(json.dumps(known))
     temporary.replace(memory)
     return digests
+
+
+def _known_digests(memory: Path) -> dict[str, str]:
+    """What is remembered of files; nothing, which is said, where that is damaged."""
+    if not memory.exists():
+        return {}
+    try:
+        known = read_object(str(memory))
+    except ValueError as error:
+        tqdm.write(f"The digests of files are made anew: {error}")
+        return {}
+    return {name: digest for name, digest in known.items() if isinstance(digest, str)}
 
 
 def _split_documents(paths: Sequence[str], config: DataConfig, split: Split) -> Iterator[str]:
@@ -260,7 +294,7 @@ def map_file(path: Path, dtype: str, length: int) -> np.ndarray:
     expected = length * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes where {expected} are expected; delete the folder {path.parent} "
+            f"{path} has {path.stat().st_size} bytes where {expected} are expected; remove the folder {path.parent} "
             "(data.cache_dir) to tokenize again."
         )
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(length,)))

@@ -105,8 +105,8 @@ def load_tokenizer(path: str) -> Tokenizer:
         model = handle.read()
     try:
         return SentencePieceTokenizer(model)
-    except RuntimeError as error:
-        raise ValueError(f"data.tokenizer: {file} is not a sentencepiece model.") from error
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.tokenizer: {file} is not a sentencepiece model, or it is damaged.") from error
 
 
 class SentencePieceTokenizer:

@@ -1,7 +1,6 @@
 """The held-out loss of the stage that a model comes from, to say what a smaller or an averaged one costs."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from jaxgpt.data.packing import RowPlan, make_plan
 from jaxgpt.data.preference import build_preferences
 from jaxgpt.data.token_cache import Split
 from jaxgpt.finalize.config import FinalizeConfig
+from jaxgpt.json_object import read_object
 from jaxgpt.objectives.next_token import LossConfig, make_next_token
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.partition import DEFAULT_RULES
@@ -76,8 +76,7 @@ def _owner(run: Run) -> tuple[Run, str]:
 
 
 def _measure(run: Run, owner: Run, stage: str, paths: Paths, mesh: Mesh) -> HeldOut:
-    with open(os.path.join(owner.workdir, "config.json")) as file:
-        values: dict[str, Any] = json.load(file)
+    values: dict[str, Any] = read_object(os.path.join(owner.workdir, "config.json"))
     data = _data_config(run, owner, values, paths)
     cache_dir = data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(owner.workdir)), "token_cache")
     plans, objective, batch_type = _stage_data(run, stage, values, data, cache_dir)

@@ -21,6 +21,7 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.interop import tokenizer as interop_tokenizer
 from jaxgpt.interop.families import config_from_hf, config_to_hf
 from jaxgpt.interop.names import BASE_PREFIXES, TABLES, Layout
+from jaxgpt.json_object import read_object
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.train import workdir as workdirs
@@ -139,11 +140,7 @@ def read_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder} is not a checkpoint of transformers: it has no config.json.")
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    return read_object(path)
 
 
 def load_hf(folder: str, mesh: Mesh, dtype: Any = np.float32) -> tuple[ModelConfig, Params]:

@@ -26,6 +26,7 @@ from jaxgpt.data.chat import FILE_NAME, ChatTemplate, Message, begins_with_bos, 
 from jaxgpt.data.hf_tokenizer import CONFIG, FILE, HFTokenizer
 from jaxgpt.data.tokenizer import RESERVED, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.interop.sentencepieces import token_names, tokenizer_json
+from jaxgpt.json_object import read_object
 
 
 def read_tokenizer(folder: str) -> Tokenizer:
@@ -52,10 +53,14 @@ def read_template(folder: str) -> ChatTemplate | None:
     path = os.path.join(folder, CONFIG)
     if template is not None or not os.path.isfile(path):
         return template
-    with open(path, encoding="utf-8") as file:
-        source = json.load(file).get("chat_template")
+    source = read_object(path).get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if source is not None and not isinstance(source, str):
+        raise ValueError(
+            f"{path}: chat_template must be a text, or a list of them by name, not {type(source).__name__}."
+        )
     return ChatTemplate(source, FILE_NAME) if source else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
-from jaxgpt.train.workdir import read_rows
+from jaxgpt.train.workdir import read_json, read_rows
 
 MAX_TASK_SAMPLES = 20  # an evaluation has one for every record
 
@@ -65,10 +65,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def _load(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        return {}
-    with open(path) as file:
-        return json.load(file)
+    return read_json(path) or {}
 
 
 def _status(rows: list[dict], config: dict, manifest: dict) -> str:

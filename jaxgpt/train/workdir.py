@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jaxgpt.json_object import parse_object, read_object
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
 
@@ -93,14 +95,8 @@ def write_atomic(path: str, text: str) -> None:
 
 
 def read_json(path: str) -> dict | None:
-    """The content of a JSON file, None where there is none; ValueError naming the line of what is not JSON."""
-    if not os.path.isfile(path):
-        return None
-    with open(path) as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    """The object of a JSON file, None where there is none; ValueError naming the file and line of what is none."""
+    return read_object(path) if os.path.isfile(path) else None
 
 
 def write_config(workdir: str, config: dict) -> None:
@@ -196,12 +192,24 @@ def manifest_digest(manifest: dict) -> str:
 
 
 def read_rows(path: str) -> list[dict]:
-    """The complete rows of a jsonl file that a killed run may have left with half a last line; [] without the file."""
+    """The complete rows of a jsonl file that a killed run may have left with half a last line; [] without the file.
+
+    Raises ValueError naming the file and the line of a row that is damaged.
+    """
     if not os.path.isfile(path):
         return []
-    with open(path) as file:
-        lines = file.read().split("\n")[:-1]  # what follows the last newline was never completed
-    return [json.loads(line) for line in lines]
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]  # what follows the last newline was never completed
+    return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_steps(path: str) -> list[dict]:
+    """The rows of a file that has a "step" in each; ValueError as `read_rows`, and for a row without one."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number}: the row has no step; the file is damaged.")
+    return rows
 
 
 class JsonLog:
@@ -209,14 +217,14 @@ class JsonLog:
 
     def __init__(self, path: str):
         self._path = path
-        rows = read_rows(path)
+        rows = read_steps(path)
         self._last = rows[-1]["step"] if rows else -1
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps and half a last line: a run restarted from `step` writes them again."""
         if not os.path.isfile(self._path):
             return
-        rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        rows = [row for row in read_steps(self._path) if row["step"] <= step]
         write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._last = rows[-1]["step"] if rows else -1
 

@@ -73,6 +73,11 @@ def test_fields_map_standard_names_to_those_of_the_file(tmp_path):
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged gzip"),
         ("a.parquet", b"PAR1 not really", r"a\.parquet is not a readable parquet"),
         ("a.array_record", b"", r"a\.array_record is empty"),
+        ("a.array_record", b"garbage", r"a\.array_record is not a readable array_record"),
+        ("a.array_record", b"garbage" * 20_000, r"a\.array_record is not a readable array_record"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"a\.jsonl, line 1: not readable JSON \(it is nested too deeply\)"),
+        ("a.jsonl", '{"text": "x"}\n{"n": ' + "9" * 5000 + "}\n", r"a\.jsonl, line 2: .*integer with too many digits"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 50)[:12] + b"\0" * 40, r"a\.jsonl\.gz: damaged gzip"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence_with_its_place(tmp_path, name, content, message):
@@ -100,6 +105,16 @@ def test_a_path_that_does_not_fit_is_named(files, pattern, message):
     (files / "notes.md").write_text("not data")
     with pytest.raises(ValueError, match=message):
         sources.resolve_paths(str(files / pattern), "data.train")
+
+
+def test_a_path_may_have_the_signs_of_patterns_in_its_name(tmp_path):
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    for name in ("a[1].jsonl", "a1.jsonl", "b*.jsonl"):
+        write(folder / name, '{"text": "x"}\n')
+    assert sources.resolve_paths(str(folder / "a[1].jsonl"), "data.train") == [str(folder / "a[1].jsonl")]
+    assert sources.resolve_paths(str(folder / "b*.jsonl"), "data.train") == [str(folder / "b*.jsonl")]
+    assert len(sources.resolve_paths(str(folder), "data.train")) == 3
 
 
 def test_the_content_digest_sees_bytes_not_names(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import pathlib
 import pickle
 import threading
 
@@ -223,14 +224,40 @@ def test_of_writers_that_race_all_finish_with_the_same_tokens(tmp_path):
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
 
 
-def test_a_damaged_entry_is_an_error_that_says_what_to_delete(tmp_path):
+DAMAGED_ENTRIES = {
+    "tokens cut": lambda entry: os.truncate(entry / "tokens.bin", 6),
+    "no tokens": lambda entry: (entry / "tokens.bin").unlink(),
+    "offsets cut": lambda entry: os.truncate(entry / "offsets.bin", 3),
+    "no meta": lambda entry: (entry / "meta.json").unlink(),
+    "meta empty": lambda entry: (entry / "meta.json").write_bytes(b""),
+    "meta cut": lambda entry: os.truncate(entry / "meta.json", 9),
+    "meta a list": lambda entry: (entry / "meta.json").write_text("[1]"),
+    "meta not UTF-8": lambda entry: (entry / "meta.json").write_bytes(b"\xff"),
+    "meta of another type": lambda entry: (entry / "meta.json").write_text('{"dtype": 3}'),
+    "meta with other fields": lambda entry: (entry / "meta.json").write_text('{"dtypes": "uint16"}'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ENTRIES)
+def test_a_damaged_entry_is_made_anew_and_said(tmp_path, capsys, kind):
     path = write(tmp_path / "a.txt", "one\ntwo")
-    entry = tokenize_source([path], CharTokenizer(), LINES, "all", tmp_path / "cache").path
-    with open(f"{entry}/tokens.bin", "r+b") as file:
-        file.truncate(6)
-    source = tokenize_source([path], CharTokenizer(), LINES, "all", tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"6 bytes where 20 are expected; delete the folder .*data\.cache_dir"):
-        _ = source.tokens
+    tokenize = lambda: tokenize_source([path], CharTokenizer(), LINES, "all", tmp_path / "cache")
+    entry = pathlib.Path(tokenize().path)
+    DAMAGED_ENTRIES[kind](entry)
+    assert documents(tokenize()) == [[BOS, *codes(t), EOS] for t in ("one", "two")]
+    said = capsys.readouterr().out
+    assert str(entry) in said
+    assert "damaged and is made anew" in said
+    assert documents(tokenize()) == [[BOS, *codes(t), EOS] for t in ("one", "two")]
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff", b"[]", b'{"x": 3}'])
+def test_damaged_digests_of_files_do_not_stop_who_shares_the_cache(tmp_path, content):
+    path = write(tmp_path / "a.txt", "one\ntwo")
+    first = tokenize_source([path], CharTokenizer(), LINES, "all", tmp_path / "cache")
+    (tmp_path / "cache" / "file_digests.json").write_bytes(content)
+    assert tokenize_source([path], CharTokenizer(), LINES, "all", tmp_path / "cache") == first
 
 
 def test_a_pickled_source_maps_the_files_instead_of_carrying_them(tmp_path):

@@ -88,3 +88,31 @@ def test_a_first_signal_asks_and_the_handlers_are_put_back():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not valid JSON"),
+        (b'{\n"a": ', ", line 2: not valid JSON"),
+        (b'{\n"a": "\xff"}', ", line 2: not valid UTF-8"),
+        (b"[1, 2]", "expected a JSON object, found list"),
+        (b"3", "expected a JSON object, found int"),
+        (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_damaged_file_beside_a_run_is_a_sentence_with_its_line(tmp_path, content, words):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        workdirs.read_manifest(str(tmp_path))
+    assert str(tmp_path / "manifest.json") in str(error.value)
+
+
+@pytest.mark.parametrize("row", [b'{"step": 2, "train/loss": ', b"[3]", b"\xff", b'{"loss": 3}', b'{"step": "2"}', b""])
+def test_a_row_damaged_in_the_middle_is_named_and_stays(tmp_path, row):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + row + b'\n{"step": 3}\n'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}, line 2: "):
+        JsonLog(str(path))
+    assert path.read_bytes() == content
