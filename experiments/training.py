@@ -17,6 +17,7 @@ from jaxgpt.generate.text import generate_texts
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.checkpoint import checkpoint_digest
 from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
 from jaxgpt.train.run import Program, Stage, run, run_program
 from jaxgpt.types import Params
@@ -102,7 +103,9 @@ def train_in(
                 chat_template_digest=job.template.digest if job.template is not None else None,
                 special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
                 data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
-                step=step, reference_lines=job.reference_lines, **job.finish(),
+                step=step, reference_lines=job.reference_lines,
+                checkpoint={"step": step, "digest": checkpoint_digest(os.path.join(workdir, "checkpoints"), step)},
+                **job.finish(),
             )  # fmt: skip
             workdirs.write_manifest(workdir, manifest)
             print(f"Finished at step {step}: {workdirs.summary(final)}. Report: {write_report(workdir)}")

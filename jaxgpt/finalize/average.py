@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.train.artifact import is_artifact
 from jaxgpt.train.checkpoint import good_steps
-from jaxgpt.train.load import Run, load_plain, read_run, without_adapters
+from jaxgpt.train.load import Run, load_plain, read_run, step_to_load, without_adapters
 from jaxgpt.types import Params
 
 # Fields of a model that say how it is computed or trained, not what it is.
@@ -64,7 +64,8 @@ def find_members(run: Run, average: AverageConfig) -> list[Member]:
             "set of weights."
         )
     if average.kind == "last_k":
-        steps = good_steps(os.path.join(run.workdir, "checkpoints"))
+        newest = step_to_load(run.workdir)
+        steps = [step for step in good_steps(os.path.join(run.workdir, "checkpoints")) if step <= newest]
         if len(steps) < average.k:
             raise ValueError(
                 f"average.k={average.k}, but {run.workdir} keeps {len(steps)} good checkpoint(s), of the steps {steps}; "

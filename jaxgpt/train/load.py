@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.artifact import check_identity, is_artifact, load_artifact
-from jaxgpt.train.checkpoint import restore_params
+from jaxgpt.train.checkpoint import check_named_step, newest_good_step, restore_params, stored_sources
 from jaxgpt.train.workdir import manifest_digest, read_json, read_manifest
 from jaxgpt.types import Params
 
@@ -89,7 +88,7 @@ def read_run(workdir: str, field: str = "init_from") -> Run:
 
 
 def load_model(workdir: str, mesh: Mesh) -> LoadedModel:
-    """The newest good checkpoint of a training workdir, or an artifact; ValueError naming what is missing."""
+    """The parameters of a training workdir (see `step_to_load`), or an artifact; ValueError naming what is missing."""
     run = read_run(workdir)
     config, params = load_plain(run, mesh)
     return LoadedModel(config, params, run.tokenizer, run.template)
@@ -139,17 +138,9 @@ def adapter_base(run: Run) -> Run:
 
 
 def _named_base(workdir: str) -> str | None:
-    """The digest of the base that a run's checkpoints name; a resume sees to it that all of them name the same."""
-    root = os.path.join(workdir, "checkpoints")
-    committed = [name.removesuffix(".json") for name in _listdir(os.path.join(root, "digests"))]
-    for step in set(committed) & set(_listdir(root)):
-        with open(os.path.join(root, step, "meta", "metadata")) as file:
-            return json.load(file)["sources"]["init_from"]
-    return None
-
-
-def _listdir(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
+    """The digest of the base that a run's checkpoints name."""
+    sources = stored_sources(os.path.join(workdir, "checkpoints"))
+    return sources["init_from"] if sources is not None else None
 
 
 def load_trunk(run: Run, abstract: Params, mesh: Mesh) -> Params:
@@ -190,13 +181,27 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def load_params(workdir: str, abstract: Params, *, step: int | None = None, ema: bool = False) -> Params:
-    """Parameters of a good checkpoint of `workdir`, or of an artifact, in the shapes and shardings of `abstract`.
+    """Parameters of a checkpoint of `workdir`, or of an artifact, in the shapes and shardings of `abstract`.
 
-    step, ema: of a checkpoint, as in `restore_params`.
+    step: a good one (`checkpoint.good_steps`); None is the one of `step_to_load`. ema: as in `restore_params`.
     """
     if is_artifact(workdir):
         return load_artifact(workdir, abstract)
-    return restore_params(os.path.join(workdir, "checkpoints"), abstract, step=step, ema=ema)
+    step = step_to_load(workdir) if step is None else step
+    return restore_params(os.path.join(workdir, "checkpoints"), abstract, step, ema=ema)
+
+
+def step_to_load(workdir: str) -> int:
+    """The step of a training run that is loaded: of a finished one that which its manifest names, else the newest good one.
+
+    Raises ValueError where what the manifest names is missing or damaged, or where there is no good checkpoint at all.
+    """
+    root, manifest = os.path.join(workdir, "checkpoints"), read_manifest(workdir)
+    if manifest is None:
+        return newest_good_step(root)
+    named = manifest.get("checkpoint", {"step": manifest["step"]})
+    check_named_step(root, named["step"], named.get("digest"))
+    return named["step"]
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:

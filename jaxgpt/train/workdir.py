@@ -187,8 +187,13 @@ def read_manifest(workdir: str) -> dict | None:
 
 
 def manifest_digest(manifest: dict) -> str:
-    """sha256 (hex) of the manifest's content, independent of formatting."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    """sha256 (hex) of the manifest's content, independent of formatting, by which it is named as a parent.
+
+    Its entry `checkpoint` is left out: orbax writes names and times of its own into a checkpoint, so that the same
+    parameters have other bytes when the same run is done again.
+    """
+    content = {name: value for name, value in manifest.items() if name != "checkpoint"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(path: str) -> list[dict]:

@@ -106,7 +106,7 @@ KINDS = {
     "unfinished": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json.*has not finished"),
     "missing": (shutil.rmtree, "(init_from|reward_model): .*no config.json"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{\n  broken"), "config.json, line 2: not valid JSON"),
-    "weights": (damage_weights, f"{WEIGHTS} is damaged: .*{DIGESTS}|no checkpoint that can be trusted"),
+    "weights": (damage_weights, f"{WEIGHTS} is damaged: .*{DIGESTS}|which manifest.json names, is damaged"),
     "architecture": (another_architecture, r"(another architecture|other parameters).*(\[2, 24, 16\]|\(2, 24, 16\)).*32"),
 }  # fmt: skip
 
