@@ -8,7 +8,6 @@ WORKDIR gets results.json, samples.jsonl (what became of every record), manifest
 configs/evaluate.py for presets, docs/evaluate.md for kinds of tasks, their records and metrics.
 """
 
-import json
 import os
 
 import jax
@@ -19,6 +18,7 @@ from jaxgpt.config import to_dict
 from jaxgpt.evaluation import results
 from jaxgpt.evaluation.config import EvaluateConfig
 from jaxgpt.evaluation.run import Evaluation, read_digests, read_parents
+from jaxgpt.json_object import to_json
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
 
@@ -60,9 +60,9 @@ def run_tasks(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inpu
         found[label] = results.to_json(str(task.kind), result)
         samples += [{"task": label, **row} for row in result.samples]
         if is_main:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+            lines = (to_json(row, ensure_ascii=False) + "\n" for row in samples)
             workdirs.write_atomic(samples_file, "".join(lines))
-            workdirs.write_atomic(results_file, json.dumps(inputs | {"tasks": found}, indent=2) + "\n")
+            workdirs.write_atomic(results_file, to_json(inputs | {"tasks": found}, indent=2) + "\n")
             metrics = results.final_metrics({label: found[label]})
             print(f"{_summary(metrics)} ({', '.join(f'{k} {v:,.6g}' for k, v in result.counts.items())})", flush=True)
     return found
@@ -98,7 +98,7 @@ def finish(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inputs:
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None)
 
 
 if __name__ == "__main__":

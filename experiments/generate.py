@@ -8,7 +8,6 @@ See configs/generate.py for presets.
 """
 
 import dataclasses
-import json
 import os
 from typing import Literal
 
@@ -21,6 +20,7 @@ from jaxgpt.data import sources
 from jaxgpt.data.chat import Message
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, next_token_table, stop_ids
+from jaxgpt.json_object import to_json
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import LoadedModel, load_model
 
@@ -84,7 +84,7 @@ def main(config: GenerateConfig, workdir: str) -> None:
     if config.output:
         os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
         with open(config.output, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
         print(f"{len(records)} responses in {config.output}.")
         return
     for record in records:

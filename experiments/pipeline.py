@@ -86,7 +86,7 @@ def run_stage(name: str, stage: StageConfig, folders: dict[str, str]) -> dict:
 
 def judge(stage: StageConfig, folder: str, manifest: dict) -> list[Verdict]:
     """What became of the stage's expectations."""
-    rows = workdirs.read_rows(os.path.join(folder, "metrics.jsonl"))
+    rows = workdirs.read_metrics(os.path.join(folder, "metrics.jsonl"))
     return expectations.judge(stage.expect, manifest, {k: v for row in reversed(rows) for k, v in row.items()})
 
 

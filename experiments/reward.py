@@ -10,7 +10,6 @@ transcripts. See configs/reward.py for presets.
 
 import dataclasses
 import functools
-import json
 import os
 
 import jax
@@ -22,7 +21,7 @@ from experiments.score import score_file
 from experiments.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import conversations, pipeline, preference
-from jaxgpt.json_object import read_object
+from jaxgpt.json_object import read_object, to_json
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
 from jaxgpt.train import scoring
@@ -72,7 +71,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
             return {}
         card = judge(config, data, scoring.make_scorer(start.model, params, mesh))
         if jax.process_index() == 0:
-            write_atomic(card_file, json.dumps(card, indent=2) + "\n")
+            write_atomic(card_file, to_json(card, indent=2) + "\n")
         return {"eval/reward_shift": card["reward_shift"]} | (card_metrics(card) if "passed" in card else {})
 
     stage = Stage(

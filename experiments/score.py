@@ -1,12 +1,12 @@
 """Scoring texts that a user brings with a finished reward model: `experiments.reward --config.score=FILE`."""
 
-import json
 import os
 
 import jax
 
 from jaxgpt import partition
 from jaxgpt.data import chat, sources
+from jaxgpt.json_object import to_json
 from jaxgpt.train import scoring
 from jaxgpt.train.config import RunConfig
 from jaxgpt.train.load import load_model
@@ -41,8 +41,6 @@ def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:
     )
     output = output or os.path.join(workdir, "scores.jsonl")
     if jax.process_index() == 0:
-        lines = (
-            json.dumps(r | {"reward": float(x)}, ensure_ascii=False) for r, x in zip(records, rewards, strict=True)
-        )
+        lines = (to_json(r | {"reward": float(x)}, ensure_ascii=False) for r, x in zip(records, rewards, strict=True))
         write_atomic(output, "".join(line + "\n" for line in lines))
         print(f"{len(rewards)} rewards, mean {rewards.mean():.4f}, in {output}.")

@@ -15,7 +15,6 @@ WORKDIR/manifest.json appears when all are finished. The exit code is 1 where a 
 
 import dataclasses
 import functools
-import json
 import os
 
 import jax
@@ -24,6 +23,7 @@ from experiments import cli
 from experiments.scheduler import failure, log_path, missing, run_all, stage_path
 from experiments.stages import fail
 from jaxgpt.config import to_dict
+from jaxgpt.json_object import to_json
 from jaxgpt.pipeline.expectations import number
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, Trial, plan, varied
@@ -87,7 +87,7 @@ def write_results(config: SweepConfig, trials: list[Trial], workdir: str) -> lis
     with workdirs.lock(workdir, wait=True):
         workdirs.write_config(workdir, to_dict(config))
         rows = [row for trial in trials if (row := result(config, trial, workdir))]
-        workdirs.write_atomic(os.path.join(workdir, "results.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        workdirs.write_atomic(os.path.join(workdir, "results.jsonl"), "".join(to_json(row) + "\n" for row in rows))
         rows = ranked(rows, config.mode)
         write_sweep_report(workdir, rows, varied(config), config.metric, config.mode, to_dict(config))
         if len([row for row in rows if "metric" in row]) == len(trials):

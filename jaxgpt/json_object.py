@@ -1,7 +1,27 @@
-"""JSON objects out of bytes and files, with errors that say where; a file may be a user's, or one that a disk has damaged."""
+"""JSON that every reader takes, and objects out of bytes and files, with errors that say where.
+
+A file may be a user's, or one that a disk has damaged.
+"""
 
 import json
+import math
 from typing import Any
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON of plain values, numbers that are not finite as null: jq, JavaScript and strict parsers know no NaN.
+
+    options: of json.dumps.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What must hold of a stage's result: comparisons of its manifest's numbers, by their bounds where they have an interval."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,6 +82,8 @@ def number(content: Mapping[str, Any], path: str, field: str = "expect") -> floa
                 f"{field}: the manifest has no {path}" + (f"; the nearest is {nearest[0]!r}." if nearest else ".")
             )
         value = value[part]
+    if value is None:
+        return math.nan  # what was not finite; no comparison with it holds
     if not isinstance(value, int | float):
         raise ValueError(f"{field}: {path} of the manifest is not a number.")
     return float(value)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.reporting.plots import kind_of
 from jaxgpt.reporting.report import image, page
-from jaxgpt.train.workdir import read_manifest, read_rows, write_atomic
+from jaxgpt.train.workdir import read_manifest, read_metrics, write_atomic
 
 # What held-out data say of a model, in the order of the stages: metric -> label, a label per kind of run where they differ.
 # With RL eval/loss is minus the gold reward.
@@ -104,13 +104,13 @@ def _before_and_after(root: str, stages: Mapping[str, Lineage]) -> str:
     """Each stage's held-out measures at its first and its last evaluation; what an evaluation found counts as after."""
     body = []
     for name in stages:
-        rows = read_rows(os.path.join(root, name, "metrics.jsonl"))
+        rows = read_metrics(os.path.join(root, name, "metrics.jsonl"))
         if not rows:
             manifest = read_manifest(os.path.join(root, name)) or {}
             body += [
                 f"<tr><td>{html.escape(name)}<td>{html.escape(metric)}<td><td><td class=number>{value:.4g}<td>"
                 for metric, value in manifest.get("final_metrics", {}).items()
-                if manifest["stage"] == "evaluate"
+                if manifest["stage"] == "evaluate" and value is not None
             ]
         kind = kind_of(rows)
         for metric, labels in MEASURES.items():

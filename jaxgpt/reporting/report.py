@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
-from jaxgpt.train.workdir import read_json, read_rows
+from jaxgpt.train.workdir import read_json, read_metrics, read_rows
 
 MAX_TASK_SAMPLES = 20  # an evaluation has one for every record
 
@@ -32,7 +32,7 @@ def write_report(workdir: str) -> str:
 
     Works for a run that is unfinished, or was killed: files that are missing are left out.
     """
-    rows = read_rows(os.path.join(workdir, "metrics.jsonl"))
+    rows = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     samples = read_rows(os.path.join(workdir, "samples.jsonl"))
     config = _load(os.path.join(workdir, "config.json"))
     manifest = _load(os.path.join(workdir, "manifest.json"))

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxgpt.json_object import parse_object, read_object
+from jaxgpt.json_object import parse_object, read_object, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
@@ -172,13 +172,14 @@ _SUMMARIZED = (
 def summary(metrics: dict[str, float]) -> str:
     """The metrics that say how a run did, in a line; not RL's eval/loss, which is a reward with its sign turned."""
     hidden = "eval/loss" if "eval/scores" in metrics else ""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in _SUMMARIZED if name in metrics and name != hidden)
+    shown = [name for name in _SUMMARIZED if metrics.get(name) is not None and name != hidden]
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in shown)
 
 
 def write_manifest(workdir: str, manifest: dict) -> None:
     """manifest.json, the mark of a finished run, from process 0."""
     if jax.process_index() == 0:
-        write_atomic(os.path.join(workdir, "manifest.json"), json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        write_atomic(os.path.join(workdir, "manifest.json"), to_json(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def read_manifest(workdir: str) -> dict | None:
@@ -193,7 +194,7 @@ def manifest_digest(manifest: dict) -> str:
     parameters have other bytes when the same run is done again.
     """
     content = {name: value for name, value in manifest.items() if name != "checkpoint"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(path: str) -> list[dict]:
@@ -206,6 +207,11 @@ def read_rows(path: str) -> list[dict]:
     with open(path, "rb") as file:
         lines = file.read().split(b"\n")[:-1]  # what follows the last newline was never completed
     return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_metrics(path: str) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, each without what was not finite; ValueError as `read_rows`."""
+    return [{name: value for name, value in row.items() if value is not None} for row in read_rows(path)]
 
 
 def read_steps(path: str) -> list[dict]:
@@ -230,7 +236,7 @@ class JsonLog:
         if not os.path.isfile(self._path):
             return
         rows = [row for row in read_steps(self._path) if row["step"] <= step]
-        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(self._path, "".join(to_json(row) + "\n" for row in rows))
         self._last = rows[-1]["step"] if rows else -1
 
     def append(self, step: int, *rows: dict) -> None:
@@ -238,7 +244,7 @@ class JsonLog:
         if step <= self._last:
             raise RuntimeError(f"{self._path}: step {step} after step {self._last}; a step is written once.")
         with open(self._path, "a") as file:
-            file.write("".join(json.dumps({"step": step, **row}) + "\n" for row in rows))
+            file.write("".join(to_json({"step": step, **row}) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
         self._last = step

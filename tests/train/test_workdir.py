@@ -1,6 +1,7 @@
 """The files of a workdir, and what a kill may do to them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -77,6 +78,28 @@ def test_the_manifest_says_versions_and_its_digest_sees_content_not_format(tmp_p
     assert digest == workdirs.manifest_digest(dict(reversed(read.items())))
     assert digest != workdirs.manifest_digest(manifest | {"vocab_size": 6})
     assert workdirs.read_manifest(str(tmp_path / "nowhere")) is None
+
+
+def test_what_is_not_finite_is_null_in_files_and_absent_from_the_metrics_read_back(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLog(str(path))
+    log.append(1, {"train/loss": math.nan, "train/accuracy": 0.5})
+    log.append(2, {"train/loss": 2.0, "nested": [{"x": math.inf}]})
+    log.truncate_after(2)
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "train/loss": None, "train/accuracy": 0.5},
+        {"step": 2, "train/loss": 2.0, "nested": [{"x": None}]},
+    ]
+    assert workdirs.read_metrics(str(path))[0] == {"step": 1, "train/accuracy": 0.5}
+    manifest = workdirs.base_manifest(stage="pretrain", final_metrics={"eval/loss": -math.inf, "train/loss": 2.0})
+    workdirs.write_manifest(str(tmp_path), manifest)
+    read = json.loads((tmp_path / "manifest.json").read_text(), parse_constant=refuse)
+    assert workdirs.manifest_digest(read) == workdirs.manifest_digest(manifest)
+    assert workdirs.summary(read["final_metrics"]) == "train/loss 2.0000"
 
 
 def test_a_first_signal_asks_and_the_handlers_are_put_back():
