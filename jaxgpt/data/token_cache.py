@@ -6,12 +6,14 @@ several processes that write the same entry the first wins.
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -163,6 +165,7 @@ def write_meta(folder: Path, dtype: np.dtype, offsets: array.array, num_bytes: i
 
 def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
     """The content digest of each file, read again only where its size or time of change differs from the last time."""
+    _remove_abandoned(cache_dir)
     memory = cache_dir / "file_digests.json"
     known = _known_digests(memory)
     digests = []
@@ -172,7 +175,7 @@ def file_digests(paths: Sequence[str], cache_dir: Path) -> list[str]:
         if identity not in known:
             known[identity] = content_digest([path])
         digests.append(known[identity])
-    temporary = memory.with_name(f"{memory.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(memory)
     temporary.write_text(json.dumps(known))
     temporary.replace(memory)
     return digests
@@ -215,10 +218,7 @@ def _split_by_position(read: Callable[[], Iterable[Document]], fraction: float, 
 
 def _publish(entry: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a temporary folder, then give it the name `entry` unless another process was faster."""
-    for left in entry.parent.glob("*.tmp"):  # by a killed run; a younger one may still be at work
-        if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-    folder = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
+    folder = _temporary(entry)
     folder.mkdir()
     try:
         write(folder)
@@ -228,6 +228,31 @@ def _publish(entry: Path, write: Callable[[Path], None]) -> None:
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process writes to, and that says whose it is."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove what killed runs were writing: those of this host that are gone, those of others after a day."""
+    for left in cache_dir.glob("*.tmp"):
+        owner, pid, *_ = left.name.rsplit(".", 3)
+        is_here = owner.endswith(f".{socket.gethostname()}") and pid.isdecimal()
+        with contextlib.suppress(FileNotFoundError):  # another process may be removing it
+            if _is_gone(int(pid)) if is_here else time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _write(

@@ -5,6 +5,9 @@ import hashlib
 import os
 import pathlib
 import pickle
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -281,11 +284,22 @@ def test_a_side_without_documents_is_an_error_that_names_the_fields(tmp_path):
         tokenize_source([path], CharTokenizer(), config, "train", tmp_path / "cache")
 
 
-def test_what_a_killed_run_left_long_ago_is_removed(tmp_path):
-    left, young = tmp_path / "cache" / "aaa.1.tmp", tmp_path / "cache" / "bbb.2.tmp"
-    for folder in (left, young):
-        folder.mkdir(parents=True)
-    os.utime(left, (0, 0))
-    tokenize_source([write(tmp_path / "a.txt", "one")], CharTokenizer(), LINES, "all", tmp_path / "cache")
-    assert not left.exists()
-    assert young.exists()
+def test_what_killed_runs_left_is_removed_and_nothing_of_those_that_live(tmp_path):
+    cache = tmp_path / "cache"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname()
+    left = [f"aaa.{here}.{dead.pid}.1.tmp", f"file_digests.json.{here}.{dead.pid}.2.tmp", "aaa.another-host.7.3.tmp"]
+    living = [
+        f"bbb.{here}.{os.getpid()}.4.tmp",
+        f"file_digests.json.{here}.{os.getppid()}.5.tmp",
+        "bbb.another-host.7.6.tmp",
+    ]
+    for name in [*left, *living]:
+        if "json" in name:
+            write(cache / name, "{}")
+        else:
+            (cache / name).mkdir(parents=True)
+    os.utime(cache / left[2], (0, 0))
+    tokenize_source([write(tmp_path / "a.txt", "one")], CharTokenizer(), LINES, "all", cache)
+    assert sorted(path.name for path in cache.glob("*.tmp")) == sorted(living)
