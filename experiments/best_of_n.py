@@ -11,6 +11,7 @@ over-optimised. A run that was interrupted goes on. configs/grpo.py:best_of_n tr
 with experiments.grpo.
 """
 
+import json
 import os
 
 import jax
@@ -24,7 +25,7 @@ from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.rl.best_of_n import BestOfNConfig, best_of_n, curve
 from jaxgpt.rl.models import RewardModel, read_reward_model
-from jaxgpt.rl.rewards import check_records
+from jaxgpt.rl.rewards import check_records, function_digests
 from jaxgpt.train import workdir as workdirs
 from jaxgpt.train.config import check_mesh
 from jaxgpt.train.finetune import Start, start_from
@@ -57,6 +58,17 @@ def sample(config: BestOfNConfig, workdir: str, start: Start, reward: RewardMode
     check_records({**config.rewards, **config.gold}, prompts.records, prompts.where)
     path = os.path.join(workdir, "best.jsonl")
     done = workdirs.read_rows(path)
+    parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
+    functions = function_digests(config.rewards, "rewards") | function_digests(config.gold, "gold")
+    sources = {name: parent["digest"] for name, parent in parents.items()} | {
+        "data.tokenizer": start.tokenizer.digest, "chat_template": start.template.digest, **functions,
+        "data.train": prompts.fingerprint,
+    }  # fmt: skip
+    sources_file = os.path.join(workdir, "sources.json")
+    if done:
+        workdirs.check_sources(workdir, workdirs.read_json(sources_file) or {}, sources)
+    if jax.process_index() == 0:
+        workdirs.write_atomic(sources_file, json.dumps(sources, indent=2) + "\n")
     first = done[-1]["step"] if done else 0  # the last batch may be cut short
     is_main = jax.process_index() == 0
     log = workdirs.JsonLog(path) if is_main else None
@@ -83,7 +95,6 @@ def sample(config: BestOfNConfig, workdir: str, start: Start, reward: RewardMode
     points = curve(rows, keep_unfinished=config.keep_unfinished)
     for point in points:
         print(", ".join(f"{name} {value:.4g}" for name, value in point.items()))
-    parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})
     workdirs.write_manifest(workdir, workdirs.base_manifest(
         stage="best_of_n", config=to_dict(config), tokenizer_digest=start.tokenizer.digest,
         chat_template_digest=start.template.digest, special_ids=start.tokenizer.special_ids,

@@ -68,7 +68,6 @@ def prepare(config: Config, start: Start, mesh: Mesh, cache_dir: str) -> Job:
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=lambda name: is_policy(name) and not name.startswith(REFERENCE),
         load=functools.partial(load, start, mesh),
-        sources=start.sources,
         metric_group="reward",
     )
     return Job(stage, data, start.tokenizer, start.template, start.parents)

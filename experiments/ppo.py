@@ -9,6 +9,7 @@ defaults. See configs/ppo.py and configs/grpo.py for presets, jaxgpt/rl/config.p
 
 import dataclasses
 import functools
+import hashlib
 import os
 
 import jax
@@ -21,7 +22,7 @@ from jaxgpt.data.sources import resolve_paths
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder, RewardModel, read_gold_model, read_reward_model
 from jaxgpt.rl.program import make_program
-from jaxgpt.rl.rewards import check_records
+from jaxgpt.rl.rewards import check_records, function_digests
 from jaxgpt.train.finetune import Start, start_from
 from jaxgpt.train.workdir import JsonLog
 
@@ -32,6 +33,7 @@ class PromptData:
 
     stats: dict[str, dict[str, int]]
     fingerprint: str
+    fingerprints: dict[str, str]
     train_rows: int
 
 
@@ -79,9 +81,21 @@ def prepare(
     data = PromptData(
         stats={label: {"rows": len(prompts), **prompts.notes} for label, prompts in sides.items()},
         fingerprint=train.fingerprint,
+        fingerprints=fingerprints(config, train, held_out),
         train_rows=rows,
     )
-    return Job(program, data, start.tokenizer, start.template, parts.parents)
+    functions = function_digests(config.rewards, "rewards") | function_digests(config.gold, "gold")
+    return Job(program, data, start.tokenizer, start.template, parts.parents, sources=functions)
+
+
+def fingerprints(config: RLConfig, train: PromptSet, held_out: PromptSet | None) -> dict[str, str]:
+    """The content of the prompts by the field that names their files."""
+    if held_out is None:
+        return {"data.train": train.fingerprint}
+    if config.data.eval:
+        return {"data.train": train.fingerprint, "data.eval": held_out.fingerprint}
+    both = train.fingerprint + held_out.fingerprint
+    return {"data.train": hashlib.sha256(both.encode()).hexdigest()}
 
 
 def read_sides(config: RLConfig, start: Start) -> tuple[PromptSet, PromptSet | None]:

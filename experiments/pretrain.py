@@ -67,7 +67,6 @@ def prepare(config: PretrainConfig, workdir: str, tokenizer: Tokenizer, mesh: Me
         tokens_per_step=config.batch_size * length,
         flops_per_token=training_flops_per_token(config.model, length),
         load=functools.partial(load_trunk, parent, mesh=mesh) if parent is not None else None,
-        sources={name: source["digest"] for name, source in parents.items()},
         on_eval=on_eval,
         on_start=on_start,
     )  # fmt: skip

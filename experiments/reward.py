@@ -82,7 +82,6 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=start.trainable(),
         load=functools.partial(start.load, mesh=mesh),
-        sources=start.sources,
         on_eval=on_eval,
         metric_group="reward",
     )

@@ -69,7 +69,6 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=start.trainable(),
         load=functools.partial(start.load, mesh=mesh),
-        sources=start.sources,
         on_eval=on_eval,
         on_start=on_start,
     )

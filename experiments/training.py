@@ -17,7 +17,7 @@ from jaxgpt.generate.text import generate_texts
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.checkpoint import checkpoint_digest
+from jaxgpt.train.checkpoint import checkpoint_digest, stored_sources
 from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
 from jaxgpt.train.run import Program, Stage, run, run_program
 from jaxgpt.types import Params
@@ -30,10 +30,15 @@ FREE_FIELDS = (
 
 
 class DataSummary(Protocol):
-    """What is known of a run's data; `pipeline.Data` is one. stats: counts by "train/<name>" and "eval/<name>"."""
+    """What is known of a run's data; `pipeline.Data` is one.
+
+    stats: counts by "train/<name>" and "eval/<name>". fingerprint: of all content; fingerprints: of the files that a field of
+    the config names, by field.
+    """
 
     stats: dict[str, dict[str, int]]
     fingerprint: str
+    fingerprints: dict[str, str]
 
     @property
     def train_rows(self) -> int:
@@ -45,8 +50,8 @@ class DataSummary(Protocol):
 class Job:
     """What a command brings to `train_in`.
 
-    parents: {"init_from": {"path", "digest"}}. reference_lines: losses of guessing, for the plots. finish: called after
-      the last step; what it returns goes into the manifest.
+    parents: {"init_from": {"path", "digest"}}. sources: digests of what else is read, by field. reference_lines: losses of
+    guessing, for the plots. finish: called after the last step; what it returns goes into the manifest.
     """
 
     stage: Stage | Program
@@ -54,8 +59,15 @@ class Job:
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     parents: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
     reference_lines: dict[str, float] = dataclasses.field(default_factory=dict)
     finish: Callable[[], dict] = dict
+
+    def all_sources(self) -> dict[str, str]:
+        """The digest of everything that the run reads, by field; what others are made with comes before them."""
+        template = {"chat_template": self.template.digest} if self.template is not None else {}
+        parents = {field: parent["digest"] for field, parent in self.parents.items()}
+        return parents | {"data.tokenizer": self.tokenizer.digest} | template | self.sources | self.data.fingerprints
 
 
 def train_in(
@@ -78,6 +90,10 @@ def train_in(
             return
         cache_dir = config.data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
         job = prepare(mesh, cache_dir)
+        sources = job.all_sources()
+        stored = stored_sources(os.path.join(workdir, "checkpoints"))
+        if stored is not None:
+            workdirs.check_sources(workdir, stored, sources)
         config = dataclasses.replace(config, num_train_steps=config.num_steps(job.data.train_rows))
         resolved["num_train_steps"] = config.num_train_steps
         is_main = jax.process_index() == 0
@@ -87,12 +103,16 @@ def train_in(
             print(_length(config, job.data.train_rows))
             if done:  # it goes on: what starts from it must not take its newest checkpoint for the finished one
                 os.remove(os.path.join(workdir, "manifest.json"))
+                print(
+                    f"{workdir} was finished at step {done['step']} and goes on to step {config.num_train_steps}; schedules "
+                    "are now those of the longer run, so that the learning rate may jump."
+                )
             workdirs.write_config(workdir, resolved)
             job.tokenizer.save(workdir)
             if job.template is not None:
                 job.template.save(workdir)
         go = run_program if isinstance(job.stage, Program) else run
-        _, step = go(config, workdir, mesh, job.stage)
+        _, step = go(config, workdir, mesh, dataclasses.replace(job.stage, sources=sources))
         if step < config.num_train_steps:
             print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
             return

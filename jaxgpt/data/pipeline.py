@@ -40,7 +40,8 @@ class Data:
     train: name -> (rows, weight). eval: name -> rows; empty where nothing is held out. A source that is given as a path
       and not as a mixture is named `text`.
     vocab_size: of the tokenizer. fingerprint: digest of the content of all sources, of the tokenizer and of how
-      held-out data is split off; where files lie does not matter.
+      held-out data is split off; where files lie does not matter. fingerprints: the same of each source, by the field of the
+      config that names it.
     stats: "train/<name>" and "eval/<name>" -> {"documents", "tokens", "bytes", "rows"}: rows per epoch, UTF-8 bytes of
       the text.
     """
@@ -49,6 +50,7 @@ class Data:
     eval: dict[str, RowPlan]
     vocab_size: int
     fingerprint: str
+    fingerprints: dict[str, str]
     stats: dict[str, dict[str, int]]
 
     @property
@@ -93,6 +95,7 @@ def build_data(
         parts.append((f"eval/{name}", _field("eval", config.eval, name), source, "all"))
 
     plans, stats, keys = {}, {}, {}
+    by_field: dict[str, tuple[str, ...]] = {}
     for label, field, source, split in parts:
         plan = make_rows(resolve_paths(source.path, field), split)
         tokens = plan.source
@@ -102,13 +105,19 @@ def build_data(
             )
         counts = {"documents": tokens.num_documents, "tokens": tokens.num_tokens, "bytes": tokens.num_bytes}
         plans[label], stats[label], keys[label] = plan, counts | {"rows": len(plan)} | tokens.notes, tokens.key
+        by_field[field] = (*by_field.get(field, ()), tokens.key)
     return Data(
         train={name: (plans[f"train/{name}"], source.weight) for name, source in train.items()},
         eval={label.removeprefix("eval/"): plan for label, plan in plans.items() if label.startswith("eval/")},
         vocab_size=tokenizer.vocab_size,
-        fingerprint=hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest(),
+        fingerprint=_digest(keys),
+        fingerprints={field: _digest(field_keys) for field, field_keys in by_field.items()},
         stats=stats,
     )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _field(side: str, sources: str | tuple[str, ...] | dict[str, SourceConfig], name: str) -> str:

@@ -44,7 +44,6 @@ def make_program(
         schedule=lambda step: parts.schedule(step * per_update),
         tokens_per_step=config.rollout.batch_size * (config.rollout.max_prompt_length + config.rollout.max_new_tokens),
         flops_per_token=None,
-        sources={field: parent["digest"] for field, parent in parts.parents.items()},
         on_start=on_start,
     )
 

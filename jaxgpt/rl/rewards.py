@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt import config as config_lib
+from jaxgpt.data.sources import content_digest
 from jaxgpt.rl.verifiers import REWARDS, shortened
 
 # (prompts, responses, records) -> one number for each response. A record is the prompt's object in the file, with all
@@ -147,6 +148,16 @@ def file_and_function(name: str) -> tuple[str, str] | None:
     """The parts of file.py:function, None for any other name."""
     path, colon, function = name.rpartition(":")
     return (path, function) if colon and path.endswith(".py") and function.isidentifier() else None
+
+
+def function_digests(sources: Mapping[str, RewardSource], field: str) -> dict[str, str]:
+    """The sha256 (hex) of the file of each source that is a user's function, by "field.label"; what it imports is not in it.
+
+    Raises ValueError where a file cannot be read.
+    """
+    files = {label: file_and_function(source.name) for label, source in sources.items()}
+    digests = {label: content_digest([file[0]]) for label, file in files.items() if file is not None}
+    return {f"{field}.{label}": digest for label, digest in digests.items()}
 
 
 def load_function(name: str, what: str = "reward") -> Callable[..., Any]:

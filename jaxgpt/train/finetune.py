@@ -54,11 +54,6 @@ class Start:
     tokenizer: Tokenizer
     template: ChatTemplate
 
-    @property
-    def sources(self) -> dict[str, str]:
-        """The digests that a resumed run must find again."""
-        return {name: parent["digest"] for name, parent in self.parents.items()}
-
     def init_fn(self) -> Callable[[Any], Any]:
         """Rng -> boxed parameters of the model."""
         return functools.partial(decoder.init_params, self.model)

@@ -32,7 +32,8 @@ class Stage:
     tokens_per_step, flops_per_token: for throughput and MFU.
     trainable: which parameters, by path name, are trained; the others are frozen: never in a checkpoint, loaded anew.
     load: (abstract parameters, all of them) -> those that come from elsewhere, in place of init_fn's.
-    sources: {"init_from": digest, ...}, what `load` reads; a run is resumed only from the same.
+    sources: {"init_from": digest, "data.train": digest, ...}, the content of all that the run reads, by field; it is kept in
+      the checkpoints, and a run is resumed only with the same (`workdir.check_sources`).
     on_eval: called after each evaluation with (step, all parameters), to write samples; what it returns joins the row of
       metrics. on_start: called with the last step whose logs stay. metric_group: as in LoopConfig.
     """
@@ -69,8 +70,8 @@ class Program:
     schedule: Callable[[Any], Any]
     tokens_per_step: int
     flops_per_token: TrainingFlops | None
-    sources: dict[str, str]
     on_start: Callable[[int], None]
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
     metric_group: str = "train"
 
 
@@ -113,7 +114,6 @@ def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -
         restored = checkpointer.restore(program.abstract)
         if restored is not None:
             state, meta, start = restored
-            _check_sources(meta.get("sources", {}), program.sources, workdir)
             frozen, last_logged = program.reload(), start
         else:
             (state, frozen), meta, start, last_logged = program.create(), {}, 0, -1
@@ -142,15 +142,6 @@ def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -
         finally:
             for watcher in watchers:
                 watcher.close()
-
-
-def _check_sources(stored: dict[str, str], now: dict[str, str], workdir: str) -> None:
-    for name in sorted(stored.keys() | now.keys()):
-        if stored.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} has the digest {(now.get(name) or 'none')[:12]}, but the run in {workdir} was started from "
-                f"{(stored.get(name) or 'none')[:12]}; it can only go on from the same."
-            )
 
 
 def _describe(state: Any, frozen: Params, mesh: Mesh) -> str:

@@ -123,6 +123,20 @@ def check_same(workdir: str, config: dict, *, ignore: tuple[str, ...] = ()) -> N
             )
 
 
+def check_sources(workdir: str, stored: dict[str, str], now: dict[str, str]) -> None:
+    """ValueError naming the first field whose content is not that with which the run in `workdir` was started.
+
+    stored, now: digests by field; the order of `now` is the order in which they are compared.
+    """
+    for field in (*now, *sorted(stored.keys() - now.keys())):
+        was, found = stored.get(field, "none"), now.get(field, "none")
+        if was != found:
+            raise ValueError(
+                f"{field} has other content than when the run in {workdir} was started (then the digest was {was[:12]}, now "
+                f"it is {found[:12]}); restore it, or use another --workdir."
+            )
+
+
 def _flatten(config: Any, field: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         return {field: config}
