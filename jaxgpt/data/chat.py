@@ -1,7 +1,8 @@
 """Conversations: records in, token ids and the mask of what is trained on out, by way of a Jinja chat template.
 
-Prompt and response give the same tokens together and apart, because the text is cut before it is tokenized: at special
-tokens, and before and after every assistant turn.
+With a tokenizer of this project, prompt and response give the same tokens together and apart, because the text is cut before
+it is tokenized: at special tokens, and before every assistant turn. With that of another model the ids are those which its
+library makes of the whole text, as its model was trained.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,17 +20,18 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 
-from jaxgpt.data import sources
+from jaxgpt.data import markers, sources
+from jaxgpt.data.markers import Markers
 from jaxgpt.data.sources import Record
-from jaxgpt.data.tokenizer import META, RESERVED, Tokenizer
-from jaxgpt.data.tokenizer import ROLES as ROLE_TOKENS
+from jaxgpt.data.tokenizer import OUR_NAMES, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 LossOn = Literal["assistant", "completion", "all"]
 FILE_NAME = "chat_template.jinja"
+ENCODING = 2  # goes into what cached tokens are known by; one more wherever a conversation gets other ids than before
 
 # The formats of OpenAI's ChatML (which Qwen uses), Llama 3 and 3.1 (a tool's role is ipython), and Gemma (no system role:
-# its text opens the first user turn). bos_token and eos_token are "<bos>" and "<eos>".
+# its text opens the first user turn).
 CHAT_TEMPLATES = {
     "plain": r"""
 {%- set labels = {"system": "", "user": "Q: ", "assistant": "A: ", "tool": "Tool: "} -%}
@@ -71,17 +72,6 @@ CHAT_TEMPLATES = {
 {{ "<|assistant|>" if add_generation_prompt else "" }}""",
 }
 
-# Markers of other models' templates, on the reserved tokens that stand for them where a tokenizer has no such piece.
-_BOS, _EOS, _END = META[1], META[2], ROLE_TOKENS[-1]
-_ALIASES = {
-    "<|im_start|>": RESERVED[0], "<|im_end|>": _END,
-    "<|start_header_id|>": RESERVED[0], "<|end_header_id|>": RESERVED[1], "<|eot_id|>": _END,
-    "<start_of_turn>": RESERVED[0], "<end_of_turn>": _END,
-    "<|begin_of_text|>": _BOS, "<|end_of_text|>": _EOS, "<|endoftext|>": _EOS, "<s>": _BOS, "</s>": _EOS,
-}  # fmt: skip
-KNOWN_MARKERS = {*_ALIASES, _BOS, _EOS, *ROLE_TOKENS}
-_ESCAPE = "\ue000"  # follows the first character of what must not be taken for a marker; a text's own is doubled
-
 
 class Message(NamedTuple):
     """One turn of a conversation; role is one of ROLES."""
@@ -91,7 +81,9 @@ class Message(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """ids: i32 [n], the first is BOS. trained: bool [n], whether the token at i is a target to learn (not shifted)."""
+    """ids: i32 [n], the first is BOS where there is one. trained: bool [n], whether the token at i is a target to learn (not
+    shifted).
+    """
 
     ids: np.ndarray
     trained: np.ndarray
@@ -100,8 +92,9 @@ class Encoded(NamedTuple):
 class ChatTemplate:
     """A Jinja chat template in the Hugging Face convention, rendered in a sandbox.
 
-    It sees `messages` (role, content), `add_generation_prompt`, `bos_token`, `eos_token`, `raise_exception()`, and None
-    for `tools` and `documents`; no clock, so that the same conversation is the same text tomorrow.
+    It sees `messages` (role, content), `add_generation_prompt`, `raise_exception()`, `bos_token`, `eos_token` and
+    `pad_token` (the tokenizer's own names of them, undefined where it has none), and None for `tools` and `documents`; no
+    clock, so that the same conversation is the same text tomorrow.
 
     name: the template's name or file, for messages. digest: sha256 (hex) of the source. Raises ValueError with the line
     of a syntax error.
@@ -111,7 +104,7 @@ class ChatTemplate:
         self.source, self.name = source, name
         self.digest = hashlib.sha256(source.encode()).hexdigest()
         try:
-            self._template = _environment().from_string(source.replace(_ESCAPE, _ESCAPE * 2))
+            self._template = _environment().from_string(markers.double(source))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"Chat template {name}, line {error.lineno}: {error.message}") from error
 
@@ -150,22 +143,29 @@ class ChatTemplate:
             file.write(self.source.encode())
         os.replace(f"{path}.tmp", path)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; ValueError with the line where the template fails or refuses."""
-        doubled = [Message(m.role, m.content.replace(_ESCAPE, _ESCAPE * 2)) for m in messages]
-        return _unescape(self._render(doubled, add_generation_prompt))
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tokenizer: Tokenizer | None = None
+    ) -> str:
+        """The text of a conversation; ValueError with the line where the template fails or refuses.
+
+        tokenizer: whose names of special tokens it has; None: ours, "<bos>" and "<eos>".
+        """
+        doubled = [Message(m.role, markers.double(m.content)) for m in messages]
+        names = OUR_NAMES if tokenizer is None else tokenizer.names
+        return markers.unescape(self._render(doubled, add_generation_prompt, names))
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: LossOn) -> Encoded:
         """Token ids of a conversation that ends with an assistant turn, and which of them are trained on.
 
         An assistant turn is trained up to the last special token that the template ends it with; where it has none, EOS
-        is appended.
+        is appended. BOS comes first where the tokenizer or the template is one of this project, else where the template
+        writes it.
 
         Args:
           tokenizer: its special_ids (and aliases for other models' markers) become single tokens; texts never do.
           messages: the last one is the assistant's.
-          loss_on: "assistant": every assistant turn with its end marker. "completion": the last one. "all": every token
-            but BOS.
+          loss_on: "assistant": every assistant turn with its end marker. "completion": the last one, whatever the template
+            makes of those before it. "all": every token but BOS.
 
         Raises:
           ValueError: if the last message is not the assistant's, the template fails, leaves out a response, or does not
@@ -175,7 +175,8 @@ class ChatTemplate:
             raise ValueError(f"sft.loss_on={loss_on!r} is not one of {', '.join(get_args(LossOn))}.")
         if not messages or messages[-1].role != "assistant":
             raise ValueError("A conversation to train on must end with an assistant message.")
-        ids, turns = self._tokenize(tokenizer, messages)
+        is_each = loss_on == "assistant" or not _turn_end(self, tokenizer).is_written
+        ids, turns = self._tokenize(tokenizer, self._spans(tokenizer, messages, is_each))
         if loss_on == "all":
             return Encoded(ids, ids != tokenizer.bos_id)
         return Encoded(ids, turns == turns.max() if loss_on == "completion" else turns > 0)
@@ -191,85 +192,140 @@ class ChatTemplate:
         return Encoded(ids[:end], trained[:end])
 
     def encode_prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
-        """Token ids (i32) of a conversation that awaits the assistant: a prefix of what `encode` gives with its answer.
+        """Token ids (i32) of a conversation that awaits the assistant; with a tokenizer of this project a prefix of what
+        `encode` gives with its answer.
 
         Raises ValueError as `encode` does, and if the last message is not a user's or a tool's.
         """
         if not messages or messages[-1].role not in ("user", "tool"):
             raise ValueError("A conversation to answer must end with a user or a tool message.")
-        return self._tokenize(tokenizer, messages)[0]
+        is_each = not _turn_end(self, tokenizer).is_written
+        return self._tokenize(tokenizer, self._spans(tokenizer, messages, is_each))[0]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an assistant turn: EOS, and the template's own end marker."""
-        return _stop_ids(self, tokenizer)
+        return _turn_end(self, tokenizer).stop_ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def adds_bos(self, tokenizer: Tokenizer) -> bool:
+        """Whether `encode` puts BOS before what the template writes."""
+        ids = self._tokenize(tokenizer, self._spans(tokenizer, [Message("user", "a")], False), has_bos=False)[0]
+        return self._begins_with_bos(tokenizer) and (not len(ids) or ids[0] != tokenizer.bos_id)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of CHAT_TEMPLATES."""
+        return self.source in CHAT_TEMPLATES.values()
+
+    def _begins_with_bos(self, tokenizer: Tokenizer) -> bool:
+        return tokenizer.bos_id is not None and (self.is_ours or markers.is_ours(tokenizer))
+
+    def _markers(self, tokenizer: Tokenizer) -> Markers:
+        return markers.markers_of(tokenizer, has_known=self.is_ours or markers.is_ours(tokenizer))
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, names: Mapping[str, str | None]) -> str:
         try:
             return self._template.render(
                 messages=[message._asdict() for message in messages], add_generation_prompt=add_generation_prompt,
-                bos_token=_BOS, eos_token=_EOS, tools=None, documents=None,
+                tools=None, documents=None, **{name: token for name, token in names.items() if token is not None},
             )  # fmt: skip
         except Exception as error:  # the template is a program of the user's: whatever it raises is a message to them
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
             where = f", line {lines[-1]}" if lines else ""
-            raise ValueError(f"Chat template {self.name}{where}: {_unescape(str(error))}") from error
+            raise ValueError(f"Chat template {self.name}{where}: {markers.unescape(str(error))}") from error
 
-    def _tokenize(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """ids: i32 [n]. turns: i32 [n], k on the trained tokens of the k-th assistant turn, 0 elsewhere."""
-        markers = _markers(tokenizer)
-        parts: list[np.ndarray] = []
-        texts: dict[int, str] = {}  # place among the parts -> the text there
+    def _tokenize(
+        self, tokenizer: Tokenizer, spans: Sequence["_Span"], has_bos: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """ids: i32 [n]. turns: i32 [n], k on the trained tokens of the k-th span that is a response, 0 elsewhere."""
+        known = self._markers(tokenizer)
+        parts: list[str | int] = []
         turn_of: list[int] = []
         turn = 0
-        for span, is_response in self._spans(markers, messages):
-            found = markers.either.split(span)  # text, marker, text, ..., marker, text
-            if is_response and (len(found) == 1 or found[-1].strip()):
-                found += [_EOS, ""]
-            turn += is_response
+        for span in spans:
+            turn += span.is_response
+            found = known.either.split(span.text)  # text, marker, text, ..., marker, text
+            has_end = len(found) > 1 and not found[-1].strip()
             for place, text in enumerate(found):
-                if text:
-                    if place % 2 and text not in markers.ids:
-                        raise ValueError(
-                            f"Chat template {self.name} writes {text}, which is no special token of the tokenizer; of the "
-                            f"templates by name, {_fitting_template(markers)!r} fits it."
-                        )
-                    if place % 2 == 0:
-                        texts[len(parts)] = _unescape(text)
-                    parts.append(np.array([markers.ids[text] if place % 2 else 0], np.int32))
-                    turn_of.append(turn if is_response and place < len(found) - 1 else 0)
-        for place, ids in zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True):
-            parts[place] = ids
-        starts = bool(parts) and len(parts[0]) > 0 and parts[0][0] == tokenizer.bos_id
-        if not starts and tokenizer.bos_id is not None:
-            parts, turn_of = [np.array([tokenizer.bos_id], np.int32), *parts], [0, *turn_of]
-        return np.concatenate(parts), np.repeat(np.array(turn_of, np.int32), [len(part) for part in parts])
+                if not text:
+                    continue
+                if place % 2 and text not in known.ids:
+                    raise ValueError(
+                        f"Chat template {self.name} writes {text}, which is no special token of the tokenizer; of the "
+                        f"templates by name, {_fitting_template(known)!r} fits it."
+                    )
+                is_trained = span.is_response and (place < len(found) - 1 or not has_end)
+                parts.append(known.ids[text] if place % 2 else markers.unescape(text))
+                turn_of.append(turn if is_trained else 0)
+            if span.is_response and not has_end:
+                parts.append(tokenizer.eos_id)
+                turn_of.append(turn)
+        if has_bos and self._begins_with_bos(tokenizer) and parts[:1] != [tokenizer.bos_id]:
+            parts, turn_of = [tokenizer.bos_id or 0, *parts], [0, *turn_of]
+        ids = tokenizer.encode_parts(parts)
+        turns = np.repeat(np.array(turn_of, np.int32), [len(part) for part in ids])
+        return np.concatenate([np.zeros(0, np.int32), *ids]), turns
 
-    def _spans(self, markers: "_Markers", messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The escaped text of a conversation, cut before and after every assistant turn: (text, is a response)."""
-        escaped = [Message(m.role, _escape(m.content, markers)) for m in messages]
-        cuts = [cut for i, m in enumerate(messages) if m.role == "assistant" for cut in ((i, False), (i + 1, True))]
+    def _spans(self, tokenizer: Tokenizer, messages: Sequence[Message], is_each: bool) -> list["_Span"]:
+        """The escaped text of a conversation, cut before and after its last assistant turn, or before and after each."""
+        known = self._markers(tokenizer)
+        escaped = [Message(m.role, markers.escape(m.content, known)) for m in messages]
+        responses = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        if not is_each:
+            responses = [i for i in responses if i == len(messages) - 1]
+        cuts = [cut for i in responses for cut in ((i, False), (i + 1, True))]
         if messages[-1].role != "assistant":
             cuts.append((len(messages), False))
         spans, text = [], ""
         for stop, is_response in cuts:
-            longer = self._render(escaped[:stop], add_generation_prompt=not is_response)
+            longer = self._render(escaped[:stop], not is_response, tokenizer.names)
             if not longer.startswith(text):
-                raise ValueError(
-                    f"Chat template {self.name}: {_divergence(text, longer, stop, is_response)}, so prompt and response "
-                    "cannot be told apart; a template must not change what it wrote for earlier messages."
-                )
+                raise ValueError(f"Chat template {self.name}: {_divergence(text, longer, stop, is_response)}")
             span, text = longer[len(text) :], longer
-            if is_response and messages[stop - 1].content.strip() and not markers.either.sub("", span).strip():
+            if is_response and messages[stop - 1].content.strip() and not known.either.sub("", span).strip():
                 raise ValueError(f"Chat template {self.name} leaves out the content of assistant message {stop}.")
-            spans.append((span, is_response))
+            spans += [_Span(span, True)] if is_response else self._cut(span, tokenizer)
         return spans
 
+    def _cut(self, text: str, tokenizer: Tokenizer) -> list["_Span"]:
+        """A text without responses that are trained on, cut before those in it where the tokenizer is of this project."""
+        before = _turn_end(self, tokenizer).before if markers.is_ours(tokenizer) else ""
+        if not before:
+            return [_Span(text, False)]
+        *first, last = text.split(before)
+        return [_Span(part + before, False) for part in first] + [_Span(last, False)]
 
-@functools.lru_cache(maxsize=4)
-def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
-    ids, trained = template.encode(tokenizer, [Message("user", "a"), Message("assistant", "b")], loss_on="completion")
-    end = int(ids[trained][-1])
-    return (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
+
+class _Span(NamedTuple):
+    """A part of a rendered conversation."""
+
+    text: str
+    is_response: bool
+
+
+class _TurnEnd(NamedTuple):
+    """What a template writes around a response: what is before it, and the ids that end it, of which the last may be EOS.
+
+    is_written: the template itself ends a turn with a special token.
+    """
+
+    before: str
+    stop_ids: tuple[int, ...]
+    is_written: bool
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> _TurnEnd:
+    talk = [Message("user", "a"), Message("assistant", "b")]
+    prompt, without = (template._render(talk[:1], is_prompt, tokenizer.names) for is_prompt in (True, False))
+    whole = template._render(talk, False, tokenizer.names)
+    if not whole.startswith(prompt):
+        raise ValueError(f"Chat template {template.name}: {_divergence(prompt, whole, 2, True)}")
+    ids, turns = template._tokenize(tokenizer, [_Span(prompt, False), _Span(whole[len(prompt) :], True)])
+    end = int(ids[turns > 0][-1])
+    stop_ids = (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
+    *found, rest = template._markers(tokenizer).either.split(whole[len(prompt) :])
+    before = prompt[len(without) :] if prompt.startswith(without) else ""
+    return _TurnEnd(before, stop_ids, is_written=bool(found) and not rest.strip())
 
 
 @contextlib.contextmanager
@@ -281,68 +337,25 @@ def located(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-class _Markers(NamedTuple):
-    """ids: of every marker. either: matches (and captures) one of them, or a known marker that the tokenizer lacks. start:
-    matches the first character of one, or of the beginning of one at the end of the text, where the template's text may
-    complete it.
-    """
-
-    ids: dict[str, int]
-    either: re.Pattern[str]
-    start: re.Pattern[str]
-
-
-@functools.lru_cache(maxsize=4)
-def _markers(tokenizer: Tokenizer) -> _Markers:
-    special = tokenizer.special_ids
-    ids = {name: special[target] for name, target in marker_aliases(tokenizer).items()}
-    ids |= {_EOS: tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {_BOS: tokenizer.bos_id}) | special
-    names = sorted({*ids, *KNOWN_MARKERS}, key=len, reverse=True)
-    starts = []
-    for name in names:
-        beginnings = "|".join(re.escape(name[1:stop]) for stop in range(1, len(name)))
-        starts.append(rf"{re.escape(name[0])}(?={re.escape(name[1:])}|(?:{beginnings})\Z)")
-    return _Markers(ids, re.compile(f"({'|'.join(map(re.escape, names))})"), re.compile("|".join(starts)))
-
-
-def marker_aliases(tokenizer: Tokenizer) -> dict[str, str]:
-    """Markers of other models' templates and the reserved tokens that stand for them; none where the tokenizer is theirs."""
-    special = tokenizer.special_ids
-    return {name: target for name, target in _ALIASES.items() if name not in special} if RESERVED[0] in special else {}
-
-
-def begins_with_bos(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether what a template wrote begins with a marker of BOS."""
-    markers = _markers(tokenizer)
-    match = markers.either.match(text)
-    return match is not None and markers.ids.get(match.group()) == tokenizer.bos_id
-
-
-def _fitting_template(markers: _Markers) -> str:
+def _fitting_template(known: Markers) -> str:
     """The name of a template that writes no marker that the tokenizer lacks."""
-    lacking = KNOWN_MARKERS - markers.ids.keys()
+    lacking = markers.KNOWN_MARKERS - known.ids.keys()
     return [name for name, source in CHAT_TEMPLATES.items() if not any(marker in source for marker in lacking)][-1]
 
 
-def _escape(content: str, markers: _Markers) -> str:
-    """A message's content with nothing in it that is a marker, so that only the template's own are."""
-    return markers.start.sub(lambda match: match.group() + _ESCAPE, content.replace(_ESCAPE, _ESCAPE * 2))
-
-
-def _unescape(text: str) -> str:
-    return re.sub(f"{_ESCAPE}({_ESCAPE}?)", r"\1", text)
-
-
 def _divergence(text: str, longer: str, stop: int, is_response: bool) -> str:
-    """Which two texts differ, and where."""
+    """Which two texts differ, where, and what is to be done."""
     place = len(os.path.commonprefix([text, longer]))
-    found = repr(_unescape(text[place : place + 20])), repr(_unescape(longer[place : place + 20]))
+    found = repr(markers.unescape(text[place : place + 20])), repr(markers.unescape(longer[place : place + 20]))
     if is_response:
         return (
             f"the text of the first {stop - 1} messages with the generation prompt is not how the text of the first "
-            f"{stop} begins ({found[0]} there, {found[1]} here)"
+            f"{stop} begins ({found[0]} there, {found[1]} here), so prompt and response cannot be told apart."
         )
-    return f"the text of earlier messages changes when message {stop} follows (from {found[0]} to {found[1]})"
+    return (
+        f"the text of earlier messages changes when message {stop} follows (from {found[0]} to {found[1]}), so a turn "
+        "that is trained on would not be what the model is to write; sft.loss_on=completion trains on the last turn alone."
+    )
 
 
 class _Generation(jinja2.ext.Extension):

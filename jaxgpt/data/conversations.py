@@ -24,6 +24,8 @@ class SFTConfig:
     """What of a conversation is learnt from.
 
     loss_on: `assistant` is every assistant turn, `completion` the last one, `all` every token; with the end of each turn.
+      Templates that rewrite a turn once another one follows (Qwen 3's leaves out its thoughts) refuse `assistant` for
+      conversations of several turns, since what the model is to write is no longer there; `completion` takes them.
     too_long: conversations beyond data.sequence_length are dropped, or cut at their start (the system message and the
       first turns go, the response stays) or at their end. What then has no response left is dropped. All are counted.
     empty_response: a record whose response is empty is an error, or dropped and counted.
@@ -62,8 +64,8 @@ def tokenize_conversations(
         check_left(writer, paths, config, split)
 
     recipe = {
-        "kind": "conversations", "template": template.digest, "sft": dataclasses.asdict(sft), "limit": limit,
-        **split_recipe(config, split),
+        "kind": "conversations", "encoding": chat.ENCODING, "template": template.digest, "sft": dataclasses.asdict(sft),
+        "limit": limit, **split_recipe(config, split),
     }  # fmt: skip
     return cached_source(cache_dir, paths, tokenizer, config, recipe, write)
 

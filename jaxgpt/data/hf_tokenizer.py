@@ -1,6 +1,7 @@
 """Tokenizers of other models: a tokenizer.json (byte-level BPE, or sentencepiece's pieces) in place of ours."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,8 +37,6 @@ class HFTokenizer:
             self._tokenizer: Any = library.Tokenizer.from_str(source)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"The file {FILE} cannot be read: {error}.") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self.special_ids = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         self.special_ids |= {name: self._id(role, name) for role, name in self.names.items() if name is not None}
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -48,8 +47,15 @@ class HFTokenizer:
         self.eos_id = self.special_ids[self.names["eos_token"]]
         pad = self.names["pad_token"]
         self.pad_id = self.eos_id if pad is None else self.special_ids[pad]
-        self._tokenizer.encode_special_tokens = True  # as text, that is
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._takes_left = {i for i, token in added.items() if token.lstrip}
+        self._takes_right = {i for i, token in added.items() if token.rstrip}
         spec = json.loads(source)
+        self._within: Any = library.Tokenizer.from_str(json.dumps(_without_first_prefix(spec)))
+        for each in (self._tokenizer, self._within):
+            each.no_padding()
+            each.no_truncation()
+            each.encode_special_tokens = True  # as text, that is
         known = dict(_token_bytes(spec, self._tokenizer)) | dict.fromkeys(self.special_ids.values(), b"")
         self._bytes = [known.get(i, b"") for i in range(self.vocab_size)]
         self._has_dummy_prefix = _strips_a_space(spec)
@@ -89,6 +95,28 @@ class HFTokenizer:
         """Ids of each text, i32 [n], on all cores."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[np.ndarray]:
+        """Ids of each part of one text, i32; joined they are the library's of the whole, special tokens where ids are.
+
+        A token across two texts belongs to the later one.
+        """
+        out = [np.zeros(0, np.int32) if isinstance(part, str) else np.array([part], np.int32) for part in parts]
+        for is_text, group in itertools.groupby(enumerate(parts), lambda pair: isinstance(pair[1], str)):
+            places, texts = zip(*group, strict=True)
+            if is_text:
+                before, after = parts[: places[0]][-1:], parts[places[-1] + 1 :][:1]
+                text, cut = "".join(texts), 0
+                if self._takes_left.intersection(after):
+                    text = text.rstrip()
+                if self._takes_right.intersection(before):
+                    text, cut = text.lstrip(), len(text) - len(text.lstrip())
+                encoded = (self._within if before else self._tokenizer).encode(text, add_special_tokens=False)
+                ends = np.cumsum([len(part) for part in texts])
+                part_of = np.searchsorted(ends, [max(end + cut, 1) for _, end in encoded.offsets])
+                for k, place in enumerate(places):
+                    out[place] = np.array(encoded.ids, np.int32)[part_of == k]
+        return out
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens stand for nothing, a cut UTF-8 sequence for U+FFFD.
@@ -144,6 +172,20 @@ def _strips_a_space(spec: dict) -> bool:
         or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
         for step in _decoders(spec)
     )
+
+
+def _without_first_prefix(spec: dict) -> dict:
+    """A tokenizer.json for texts that do not come first: what is put before the first one alone is left out."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [changed(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        is_first = part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+        return {key: "never" if is_first and key == "prepend_scheme" else changed(value) for key, value in part.items()}
+
+    return spec | {"pre_tokenizer": changed(spec.get("pre_tokenizer"))}
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -242,7 +242,7 @@ def tokenize_preferences(
             (folder / f"{name}.bin").write_bytes(values.tobytes())
 
     recipe = {
-        "kind": "preferences", "ends": "stop id", "template": template.digest, "too_long": too_long,
+        "kind": "preferences", "encoding": chat.ENCODING, "template": template.digest, "too_long": too_long,
         "limit": config.sequence_length,
         **split_recipe(config, split),
     }  # fmt: skip

@@ -136,7 +136,7 @@ def _encode(record: Located, where: str, tokenizer: Tokenizer, template: ChatTem
         return tokenizer.encode(text, add_bos=True), text
     try:
         ids = template.encode_prompt(tokenizer, messages)
-        return ids, template.render(messages, add_generation_prompt=True) if text is None else text
+        return ids, template.render(messages, True, tokenizer) if text is None else text
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

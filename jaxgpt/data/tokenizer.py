@@ -20,6 +20,7 @@ from jaxgpt.data.hf_tokenizer import SPACE, HFTokenizer
 # Reserved from the start, so that no later stage resizes a vocabulary: ids 0, 1, 2, ... in this order.
 META = ("<pad>", "<bos>", "<eos>", "<unk>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+OUR_NAMES = {"bos_token": META[1], "eos_token": META[2], "pad_token": META[0]}
 RESERVED = tuple(f"<|reserved_{i}|>" for i in range(7))
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 
@@ -54,9 +55,9 @@ class TokenizerConfig:
 class Tokenizer(Protocol):
     """Text to ids and back. Special tokens never come out of text, even of text that looks like them.
 
-    bos_id: what begins a text, None where nothing does. special_ids: name -> id of all special tokens. vocab_size: one more
-    than the largest id. token_bytes_V: i32, UTF-8 bytes each id stands for, 0 for special ones. digest: sha256 (hex) of
-    what it is made from.
+    bos_id: what begins a text, None where nothing does. special_ids: name -> id of all special tokens. names: those of
+    bos_token, eos_token and pad_token, None for what it has not. vocab_size: one more than the largest id. token_bytes_V:
+    i32, UTF-8 bytes each id stands for, 0 for special ones. digest: sha256 (hex) of what it is made from.
     """
 
     vocab_size: int
@@ -64,6 +65,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int
     special_ids: dict[str, int]
+    names: dict[str, str | None]
     token_bytes_V: np.ndarray
     digest: str
 
@@ -77,6 +79,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, i32 [n], on all cores."""
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[np.ndarray]:
+        """Ids of each part of one text, i32: what a text there becomes, and special tokens, which are given by their ids."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens stand for nothing, a cut UTF-8 sequence for U+FFFD."""
@@ -128,6 +133,7 @@ class SentencePieceTokenizer:
                 f"The tokenizer model has no piece {missing[0]!r}; it was not made by experiments.tokenizer."
             )
         self.special_ids = {name: ids[name] for name in reserved}
+        self.names: dict[str, str | None] = dict(OUR_NAMES)
         self.pad_id: int = ids[META[0]]
         self.bos_id: int | None = ids[META[1]]
         self.eos_id: int = ids[META[2]]
@@ -159,6 +165,11 @@ class SentencePieceTokenizer:
         plain = [i for i, text in enumerate(texts) if not RAW.search(text)]
         encoded = dict(zip(plain, self._encode_plain([texts[i] for i in plain]), strict=True))
         return [encoded[i] if i in encoded else self._encode_raw(text) for i, text in enumerate(texts)]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[np.ndarray]:
+        """Ids of each part, i32: of a text by itself, or the id that it is."""
+        texts = iter(self.encode_batch([part for part in parts if isinstance(part, str)]))
+        return [next(texts) if isinstance(part, str) else np.array([part], np.int32) for part in parts]
 
     def _encode_plain(self, texts: list[str]) -> list[np.ndarray]:
         out = []

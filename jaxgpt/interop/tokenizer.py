@@ -9,8 +9,9 @@ An exported tokenizer.json gives the same ids as jaxgpt.data.tokenizer.Tokenizer
   the rounding of its float32 sums; transformers adds in float64.
 
 BOS is put before a text by `tokenizer(text)`, as `encode(text, add_bos=True)` does; the exported chat template writes it
-itself, since `apply_chat_template` adds none. There a prompt is tokenized as one text; here it is cut before and after
-every earlier assistant turn. The two agree where the template has a special token at those places, as `roles` has.
+itself, since `apply_chat_template` adds none. There a prompt is tokenized as one text; here, by our own tokenizers, it is cut
+before every earlier assistant turn. The two agree where the template has a special token at those places, as `roles` has.
+Tokenizers of other models tokenize the whole text here, too.
 
 `decode` gives back every text. Of bytes that are no text, which a model may generate, transformers makes U+FFFD of each
 byte, and we of each invalid sequence.
@@ -22,8 +23,9 @@ from typing import Any
 
 import sentencepiece
 
-from jaxgpt.data.chat import FILE_NAME, ChatTemplate, Message, begins_with_bos, marker_aliases
+from jaxgpt.data.chat import FILE_NAME, ChatTemplate
 from jaxgpt.data.hf_tokenizer import CONFIG, FILE, HFTokenizer
+from jaxgpt.data.markers import marker_aliases
 from jaxgpt.data.tokenizer import RESERVED, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from jaxgpt.interop.sentencepieces import token_names, tokenizer_json
 from jaxgpt.json_object import read_object
@@ -99,10 +101,7 @@ def chat_template(template: ChatTemplate, tokenizer: Tokenizer) -> str:
     source = template.source
     for marker, reserved in marker_aliases(tokenizer).items():
         source = source.replace(marker, reserved)
-    start = template.render([Message("user", "a")], add_generation_prompt=True)
-    if tokenizer.bos_id is None or begins_with_bos(tokenizer, start):
-        return source
-    return "{{- bos_token }}" + source
+    return "{{- bos_token }}" + source if template.adds_bos(tokenizer) else source
 
 
 def _write(folder: str, name: str, text: str) -> None:

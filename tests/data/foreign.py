@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -39,6 +40,12 @@ def sentencepiece_like(
     or "never" (Gemma).
     """
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    control = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=[*control, *BYTES], limit_alphabet=60, show_progress=False
+    )
+    words = [word.replace(" ", SPACE) for text in TEXTS for word in re.findall(r" ?[^ ]+", text)]
+    made.train_from_iterator(words, trainer)  # no piece has a space but at its beginning
     if prefix in ("first", "always"):
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=prefix, split=False)
     else:
@@ -46,11 +53,6 @@ def sentencepiece_like(
         made.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", SPACE)])
     strip = [] if prefix == "never" else [decoders.Strip(" ", 1, 0)]
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    control = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=[*control, *BYTES], limit_alphabet=60, show_progress=False, max_token_length=8
-    )
-    made.train_from_iterator(TEXTS, trainer)
     spec = json.loads(made.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in control]
     made = tokenizers.Tokenizer.from_str(json.dumps(spec))

@@ -99,7 +99,7 @@ def test_a_tokenizer_of_another_model_streams_characters_that_several_tokens_mak
 
     tokenizer, text = foreign(kind), "ab \u65e5\u672c\u8a9e \U0001f600\u00e9!"
     ids = tokenizer.encode(text).tolist()
-    assert len(ids) > len(text)
+    assert len(ids) >= len(text)
     pieces = push_all(TextStream(tokenizer, prefix=" " if kind in ("llama2", "mistral") else ""), ids)
     assert "".join(piece.text for piece in pieces) == text == tokenizer.decode(ids)
     assert all("\ufffd" not in piece.text for piece in pieces)
