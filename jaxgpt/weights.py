@@ -57,22 +57,41 @@ def open_weights(folder: str) -> dict[str, StoredTensor]:
     """All tensors of a folder by name, none of them read yet.
 
     Raises:
-      ValueError: naming the file, if there are no weights, if a file is missing, cut off or not of this format.
+      ValueError: naming the file, if there are no weights, if a file is missing, cut off or not of this format, or if it lies
+        outside the folder, by its name in the index or as a link.
     """
     index = os.path.join(folder, INDEX)
     if not os.path.isfile(index):
         single = os.path.join(folder, SINGLE)
         if not os.path.isfile(single):
             raise ValueError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
-        return read_header(single)
+        return read_header(_inside(folder, SINGLE))
     try:
-        files: dict[str, str] = read_object(index)["weight_map"]
+        files: dict[str, str] = read_object(_inside(folder, INDEX))["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise TypeError("weight_map")
-        headers = {name: read_header(os.path.join(folder, name)) for name in sorted(set(files.values()))}
+        headers = {name: read_header(_inside(folder, name)) for name in sorted(set(files.values()))}
         return {name: headers[file][name] for name, file in files.items()}
     except (AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{index} does not say where the tensors are: {error!r}.") from error
+
+
+def _inside(folder: str, name: str) -> str:
+    """The path of a file of the folder; ValueError where its name, or a link, leads out of it.
+
+    In the cache of the Hugging Face hub, files are links to REPOSITORY/blobs, beside REPOSITORY/snapshots/COMMIT.
+    """
+    path = os.path.join(folder, name)
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise ValueError(f"{os.path.join(folder, INDEX)} names the file {name!r}, which is not in the folder itself.")
+    root, target = os.path.realpath(folder), os.path.realpath(path)
+    snapshots = os.path.dirname(root)
+    allowed = [root]
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    if not any(os.path.commonpath([place, target]) == place for place in allowed):
+        raise ValueError(f"{path} is a link to {target}, outside of the folder; put the file itself there.")
+    return path
 
 
 def read_header(path: str) -> dict[str, StoredTensor]:

@@ -133,6 +133,8 @@ DAMAGE = {
     ),
     "a deep header": (lambda folder: by_hand(folder, b'{"x": ' + b"[" * 100_000), "nested too deeply"),
     "half an index": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"x'), "not valid JSON"),
+    "an index that is no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff{}"), "not valid UTF-8"),
+    "a deep index": (lambda folder: (folder / INDEX).write_text("[" * 100_000), "nested too deeply"),
     "nothing": (lambda folder: None, "has no weights"),
 }
 
@@ -145,6 +147,47 @@ def test_damage_of_each_kind_is_refused_in_one_sentence(tmp_path, kind):
         open_weights(str(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def split(folder) -> list[str]:
+    """Weights in two files, with their index."""
+    layout = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in TENSORS.items()}
+    return write_weights(str(folder), layout, lambda name: TENSORS[name], max_file_bytes=100)
+
+
+@pytest.mark.parametrize("name", ["../{}", "{folder}/../{}", "sub/../../{}", "..", "", "./{}"])
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    first, _ = split(folder)
+    (folder / first).rename(tmp_path / first)
+    index = json.loads((folder / INDEX).read_text())
+    other = name.format(first, folder=folder)
+    index["weight_map"] = {t: other if file == first else file for t, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names the file .* which is not in the folder itself"):
+        open_weights(str(folder))
+
+
+@pytest.mark.parametrize("name", ["single", "part", "index"])
+def test_a_link_out_of_the_folder_is_refused_but_for_the_cache_of_the_hub(tmp_path, name):
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    if name == "single":
+        write(folder)
+    else:
+        split(folder)
+    file = {"single": SINGLE, "part": "model-00002-of-00002.safetensors", "index": INDEX}[name]
+    (folder / file).rename(blobs / "f00d")
+    (folder / file).symlink_to("../../blobs/f00d")
+    check(folder)
+    (folder / file).unlink()
+    (blobs / "f00d").rename(tmp_path / "elsewhere")
+    (folder / file).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{file} is a link to .*elsewhere, outside of the folder"):
+        open_weights(str(folder))
 
 
 def test_a_tensor_that_is_not_what_was_promised_is_not_written(tmp_path):

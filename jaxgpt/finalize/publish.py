@@ -20,10 +20,10 @@ from jaxgpt.finalize.lineage import lineage
 from jaxgpt.finalize.proof import answers, check_reload
 from jaxgpt.generate.text import stop_ids
 from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import file_digest, load_artifact
+from jaxgpt.train.artifact import digests, load_artifact
 from jaxgpt.train.load import Run, abstract_params, load_plain, parent_of, read_run, without_adapters
 from jaxgpt.types import Params
-from jaxgpt.weights import INDEX, write_weights
+from jaxgpt.weights import write_weights
 
 # Of the source's manifest, what the artifact says of itself, too; a reward model is one by its reward_shift.
 _INHERITED = ("final_metrics", "step", "data_fingerprint", "reward_shift", "report_card")
@@ -82,7 +82,7 @@ def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Calla
         workdirs.write_atomic(
             os.path.join(folder, "generation.json"), json.dumps(_generation(config, run), indent=2) + "\n"
         )
-    weights, measured = _store(config, run, members, folder, mesh)
+    written, measured = _store(config, run, members, folder, mesh)
     source = run.manifest()
     manifest = workdirs.base_manifest(
         stage="finalize",
@@ -94,7 +94,7 @@ def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Calla
         vocab_size=run.tokenizer.vocab_size,
         parents={member.field: parent_of(member, run.tokenizer, run.template) for member in runs},
         lineage=history,
-        weights=weights,
+        files=written,
         **measured,
         **{name: source[name] for name in _INHERITED if name in source},
     )
@@ -107,7 +107,7 @@ def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Calla
 def _store(
     config: FinalizeConfig, run: Run, members: list[Member], folder: str, mesh: Mesh
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Write the weights and read them back: (file -> sha256, what the manifest says of them)."""
+    """Write the weights and read them back: (file -> sha256, of all that is in the folder; what the manifest says)."""
     model = without_adapters(run.config)
     measure = held_out(config, run, mesh)
     _, params = load_plain(run, mesh)
@@ -121,10 +121,10 @@ def _store(
     del params
     writer = WeightWriter(Encoder(model, config.dtype, config.group_size), named)
     files = write_weights(folder, writer.layout(), writer.read)
-    digests = {name: file_digest(os.path.join(folder, name)) for name in (*files, *([INDEX] if len(files) > 1 else []))}
+    written = digests(folder)
     meant = answers(model, tree.from_named(writer.meant), mesh)
     del writer, named
-    loaded = load_artifact(folder, abstract_params(model, mesh), {"weights": digests})
+    loaded = load_artifact(folder, abstract_params(model, mesh), {"files": written})
     proof = check_reload(meant, answers(model, loaded, mesh), source, is_exact=not config.changes_values)
     losses |= _losses(measure, "artifact", loaded)
     size = sum(os.path.getsize(os.path.join(folder, name)) for name in files)
@@ -135,7 +135,7 @@ def _store(
     }  # fmt: skip
     if measure is not None:
         result["held_out"] = _cost(config, measure, losses)
-    return digests, result
+    return written, result
 
 
 def _described(config: FinalizeConfig, members: list[Member]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from jaxgpt.json_object import read_object
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import file_digest, weight_files
+from jaxgpt.train.artifact import digests
 from jaxgpt.train.load import abstract_params
 from jaxgpt.types import Params
 from jaxgpt.weights import StoredTensor, open_weights, write_weights
@@ -202,7 +202,7 @@ def _write_artifact(
     manifest = workdirs.base_manifest(
         stage="import", tokenizer_digest=tokenizer.digest, special_ids=tokenizer.special_ids,
         chat_template_digest=template.digest if template is not None else None, vocab_size=tokenizer.vocab_size,
-        weights={name: file_digest(os.path.join(out, name)) for name in weight_files(out)}, parents={}, final_metrics={},
+        files=digests(out), parents={}, final_metrics={},
         **made_from, **shift, **({"untied": True} if source.is_untied else {}),
     )  # fmt: skip
     workdirs.write_manifest(out, manifest)

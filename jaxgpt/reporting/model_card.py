@@ -125,6 +125,6 @@ def _use(name: str, manifest: dict[str, Any]) -> str:
         more = "Defaults for sampling, and the ids that end a text, are in generation.json."
     files = (
         "The weights are safetensors under the project's parameter names; `NAME:scale` are the scales of a quantized tensor. "
-        "manifest.json has the sha256 of each file of them, which are checked when they are loaded."
+        "manifest.json has the sha256 of every file that is read, all of which are checked when the model is loaded."
     )
     return f"## Use\n\n```\n{commands}\n```\n\n{more} {files}"

@@ -1,7 +1,7 @@
 """A finalized or imported model on disk: what must agree before it is trusted, and its parameters, read part by part.
 
-The folder holds config.json, manifest.json (with the sha256 of every file of weights), the tokenizer, the chat template and
-safetensors under our parameter names. A quantized tensor NAME has its scales beside it, as NAME:scale.
+The folder holds config.json, the tokenizer, the chat template, generation.json, safetensors under our parameter names, and
+manifest.json, whose `files` has the sha256 of each of them. A quantized tensor NAME has its scales beside it, as NAME:scale.
 """
 
 import functools
@@ -22,6 +22,10 @@ from jaxgpt.types import Params
 from jaxgpt.weights import INDEX, SINGLE, StoredTensor, open_weights
 
 SCALE = ":scale"
+# What is read of an artifact besides its weights, where it is there.
+_SMALL = (
+    "config.json", "generation.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def is_artifact(folder: str) -> bool:
@@ -68,7 +72,7 @@ def load_artifact(folder: str, abstract: Params, manifest: dict | None = None) -
     manifest = manifest or read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder} has weights but no manifest.json: it was never finished.")
-    _check_files(folder, manifest.get("weights", {}))
+    check_files(folder, manifest)
     tensors = open_weights(folder)
     wanted = tree.named_leaves(abstract)
     _check_tensors(folder, tensors, wanted)
@@ -77,9 +81,14 @@ def load_artifact(folder: str, abstract: Params, manifest: dict | None = None) -
     )
 
 
-def weight_files(folder: str) -> list[str]:
-    """The names of a folder's files of weights, their index among them."""
-    return sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json")))
+def digests(folder: str) -> dict[str, str]:
+    """The sha256 of every file of an artifact that is ever read, by name: `files` of its manifest."""
+    return {name: file_digest(os.path.join(folder, name)) for name in _files(folder)}
+
+
+def _files(folder: str, *, weights: bool = True) -> list[str]:
+    is_weights = lambda name: name.endswith((".safetensors", ".safetensors.index.json"))
+    return sorted(name for name in os.listdir(folder) if name in _SMALL or (weights and is_weights(name)))
 
 
 def file_digest(path: str) -> str:
@@ -95,19 +104,25 @@ def _digest_of(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_files(folder: str, digests: dict[str, str]) -> None:
-    """ValueError where a file of weights is missing, unknown, or has another sha256."""
-    present = weight_files(folder)
-    for name in sorted({*digests, *present}):
+def check_files(folder: str, manifest: dict, *, weights: bool = True) -> None:
+    """ValueError where a file of an artifact is missing, unknown, or has another sha256 than its manifest says.
+
+    weights: whether those are looked at, too.
+    """
+    if not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{folder}: manifest.json has no digests of the files; make the artifact anew.")
+    named, present = manifest["files"], _files(folder, weights=weights)
+    for name in sorted({*present, *(name for name in named if weights or name in _SMALL)}):
         path = os.path.join(folder, name)
-        if name not in digests:
-            raise ValueError(f"{path} is not among the weights that manifest.json names.")
+        if name not in named:
+            raise ValueError(f"{path} is not among the files that manifest.json names.")
         if name not in present:
             raise ValueError(f"{path} is missing.")
         found = file_digest(path)
-        if found != digests[name]:
+        if found != named[name]:
             raise ValueError(
-                f"{path} is damaged: its sha256 is {found[:12]}, and manifest.json names {digests[name][:12]}."
+                f"{path} is damaged, or has been changed: its sha256 is {found[:12]}, and manifest.json names "
+                f"{named[name][:12]}."
             )
 
 

@@ -16,7 +16,7 @@ from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.objectives.ppo import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train.artifact import check_identity, is_artifact, load_artifact
+from jaxgpt.train.artifact import check_files, check_identity, is_artifact, load_artifact
 from jaxgpt.train.checkpoint import check_named_step, newest_good_step, restore_params, stored_sources
 from jaxgpt.train.workdir import manifest_digest, read_json, read_manifest
 from jaxgpt.types import Params
@@ -81,6 +81,8 @@ def read_run(workdir: str, field: str = "init_from") -> Run:
             f"{field}: {workdir} holds no model of this project: its config.json has no section model; point to a training "
             "run's workdir or an artifact."
         )
+    if is_artifact(workdir) and (manifest := read_manifest(workdir)) is not None:
+        check_files(workdir, manifest, weights=False)
     run = Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
     if is_artifact(workdir) or read_manifest(workdir) is not None:
         check_identity(workdir, run.manifest(), run.config, run.tokenizer, run.template)

@@ -21,6 +21,7 @@ from jaxgpt.models import decoder
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.reporting.model_card import model_card
+from jaxgpt.train.artifact import digests
 from jaxgpt.train.load import abstract_params, load_model, load_params, load_plain, read_run
 from jaxgpt.weights import open_weights, write_weights
 from tests.finalize.conftest import TEXT, one_device, random_params
@@ -190,6 +191,7 @@ def test_adapters_are_merged(make, pretrained, tmp_path):
     (tmp_path / "moved").mkdir()
     shutil.copytree(folder, tmp_path / "moved" / "merged")
     change(tmp_path / "moved" / "merged", "config.json", init_from="/nowhere")
+    sealed(tmp_path / "moved" / "merged")
     again = made(tmp_path / "moved" / "merged", tmp_path / "again")
     assert_equal(params_of(again), found)
     assert [entry["stage"] for entry in manifest_of(again)["lineage"]] == ["finalize", "sft", "pretrain"]
@@ -250,20 +252,38 @@ def cut(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def sealed(folder: pathlib.Path) -> None:
+    """Let the manifest name the files as they are now, as somebody would who means to deceive."""
+    change(folder, "manifest.json", files=digests(str(folder)))
+
+
 def foreign(folder: pathlib.Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model"]["mlp_dim"] = 32
     (folder / "config.json").write_text(json.dumps(config))
+    sealed(folder)
 
 
 def deeper(folder: pathlib.Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model"]["tie_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config))
+    sealed(folder)
 
 
 def other_tokenizer(folder: pathlib.Path) -> None:
     train_tokenizer([TEXT + "xyz"], TokenizerConfig(model_type="char", vocab_size=400)).save(str(folder))
+    sealed(folder)
+
+
+def other_template(folder: pathlib.Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    sealed(folder)
+
+
+def rewrite_config(folder: pathlib.Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    sealed(folder)
 
 
 WEIGHTS = "model.safetensors"
@@ -271,19 +291,25 @@ DIGESTS = "[0-9a-f]{12}.*[0-9a-f]{12}"
 DAMAGE = {
     "tokenizer": (other_tokenizer, f"tokenizer {DIGESTS}"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.model"),
-    "template": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"), "template [0-9a-f]{12}.*none"),
+    "template": (other_template, "template [0-9a-f]{12}.*none"),
+    "a file that nobody names": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+                                 "chat_template.jinja is not among the files"),
+    "a changed config": (lambda folder: change(folder, "config.json", init_from=""), f"config.json is damaged.*{DIGESTS}"),
+    "a changed tokenizer": (lambda folder: flip(folder / "tokenizer.model", 9), f"tokenizer.model is damaged.*{DIGESTS}"),
+    "changed defaults": (lambda folder: flip(folder / "generation.json", 3), f"generation.json is damaged.*{DIGESTS}"),
+    "no digests": (lambda folder: change(folder, "manifest.json", files=[]), "manifest.json has no digests of the files"),
     "vocabulary": (lambda folder: change(folder, "manifest.json", vocab_size=9), "vocabulary of [0-9]+ pieces.* of 9"),
     "special ids": (lambda folder: change(folder, "manifest.json", special_ids={"<pad>": 1}), "another vocabulary"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json.*has not finished"),
-    "a flipped byte of data": (lambda folder: flip(folder / WEIGHTS, -9), f"{WEIGHTS} is damaged: .*{DIGESTS}"),
-    "a flipped byte of the header": (lambda folder: flip(folder / WEIGHTS, 20), f"{WEIGHTS} is damaged: .*{DIGESTS}"),
-    "cut off": (lambda folder: cut(folder / WEIGHTS), f"{WEIGHTS} is damaged: .*{DIGESTS}"),
+    "a flipped byte of data": (lambda folder: flip(folder / WEIGHTS, -9), f"{WEIGHTS} is damaged.*{DIGESTS}"),
+    "a flipped byte of the header": (lambda folder: flip(folder / WEIGHTS, 20), f"{WEIGHTS} is damaged.*{DIGESTS}"),
+    "cut off": (lambda folder: cut(folder / WEIGHTS), f"{WEIGHTS} is damaged.*{DIGESTS}"),
     "weights that nobody names": (lambda folder: shutil.copy(folder / WEIGHTS, folder / "more.safetensors"),
                                   "more.safetensors is not among"),
     "another shape": (foreign, r"another architecture.* layers/mlp/down/kernel is .*\[2, 24, 16\].* and \[2, 32, 16\]"),
     "another head": (deeper, "another architecture.* head/kernel is .* and missing in the config"),
-    "a foreign config": (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "no section model"),
-    "a foreign field": (lambda folder: (folder / "config.json").write_text('{"model": {"num_layer": 2}}'),
+    "a foreign config": (lambda folder: rewrite_config(folder, '{"model_type": "llama"}'), "no section model"),
+    "a foreign field": (lambda folder: rewrite_config(folder, '{"model": {"num_layer": 2}}'),
                         "model.num_layer; the nearest field is model.num_layers"),
 }  # fmt: skip
 
@@ -304,7 +330,7 @@ def test_an_artifact_that_is_not_what_it_says_is_refused_in_one_sentence(artifac
 def test_a_missing_file_of_several_is_named(artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(publishing, "write_weights", functools.partial(write_weights, max_file_bytes=4000))
     folder = made(artifacts["float32"], tmp_path / "parts")
-    assert len(manifest_of(folder)["weights"]) > 3
+    assert len(manifest_of(folder)["files"]) > 6
     assert_equal(params_of(folder), params_of(artifacts["float32"]))
     (second,) = folder.glob("model-00002*")
     second.unlink()

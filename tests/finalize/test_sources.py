@@ -20,7 +20,7 @@ from jaxgpt.train.config import RunConfig
 from jaxgpt.train.finetune import start_from
 from jaxgpt.train.load import load_plain, read_run, trainable
 from tests.finalize.conftest import Maker, one_device, random_params
-from tests.finalize.test_publish import DIGESTS, WEIGHTS, change, flip, other_tokenizer
+from tests.finalize.test_publish import DIGESTS, WEIGHTS, change, flip, other_tokenizer, sealed
 
 
 def models(make: Maker) -> dict[str, ModelConfig]:
@@ -79,16 +79,29 @@ def assert_sentence(error: Exception, folder: pathlib.Path) -> None:
     assert "\n" not in str(error)
 
 
+def reseal(folder: pathlib.Path) -> None:
+    """Let an artifact's manifest name the files as they are now; what else it says must then tell."""
+    if "files" in json.loads((folder / "manifest.json").read_text()):
+        sealed(folder)
+
+
 def another_tokenizer(folder: pathlib.Path) -> None:
     if (folder / "tokenizer.model").exists():
         other_tokenizer(folder)
     else:
         change(folder, "tokenizer_config.json", pad_token="<eos>")
+    reseal(folder)
 
 
 def another_architecture(folder: pathlib.Path) -> None:
     model = json.loads((folder / "config.json").read_text())["model"]
     change(folder, "config.json", model=model | {"mlp_dim": 32})
+    reseal(folder)
+
+
+def another_template(folder: pathlib.Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    reseal(folder)
 
 
 def damage_weights(folder: pathlib.Path) -> None:
@@ -100,13 +113,12 @@ def damage_weights(folder: pathlib.Path) -> None:
 
 KINDS = {
     "tokenizer": (another_tokenizer, f"has the tokenizer {DIGESTS}"),
-    "template": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
-                 f"has the chat template {DIGESTS}"),
+    "template": (another_template, f"has the chat template {DIGESTS}"),
     "vocabulary": (lambda folder: change(folder, "manifest.json", vocab_size=9), "vocabulary of [0-9]+ pieces.* of 9"),
     "unfinished": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json.*has not finished"),
     "missing": (shutil.rmtree, "(init_from|reward_model): .*no config.json"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{\n  broken"), "config.json, line 2: not valid JSON"),
-    "weights": (damage_weights, f"{WEIGHTS} is damaged: .*{DIGESTS}|which manifest.json names, is damaged"),
+    "weights": (damage_weights, f"{WEIGHTS} is damaged.*{DIGESTS}|which manifest.json names, is damaged"),
     "architecture": (another_architecture, r"(another architecture|other parameters).*(\[2, 24, 16\]|\(2, 24, 16\)).*32"),
 }  # fmt: skip
 
