@@ -2,11 +2,10 @@
 
 import asyncio
 import functools
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
@@ -19,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.stream import Piece
 from jaxgpt.serving import protocol
+from jaxgpt.serving.gate import EVERYBODY, Access, error_response
 from jaxgpt.serving.protocol import ApiError, Call, Limits, internal_error
 from jaxgpt.serving.responses import Choice, Writer, event
 from jaxgpt.serving.worker import Worker
@@ -26,8 +26,18 @@ from jaxgpt.serving.worker import Worker
 NUM_READERS = 2  # threads that read bodies, render templates and tokenize
 
 
-def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes: int) -> Starlette:
+def make_app(
+    worker: Worker,
+    form: ChatFormat,
+    limits: Limits,
+    *,
+    max_body_bytes: int,
+    request_seconds: float = 30.0,
+    access: Access = EVERYBODY,
+) -> Starlette:
     """GET /health, /v1/models and /v1/models/NAME; POST /v1/completions and /v1/chat/completions.
+
+    max_body_bytes, request_seconds: of one body, and how long it may take to come.
 
     Every error has OpenAI's body, {"error": {"message", "type", "param", "code"}}. A client that goes away frees its slots.
     """
@@ -54,7 +64,7 @@ def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes
     def endpoint(body_cls: type, make_call: Callable[..., Call], is_chat: bool):
         async def handle(request: Request):
             try:
-                data = await _read_body(request, max_body_bytes)
+                data = await _read_body(request, max_body_bytes, request_seconds)
             except ClientDisconnect:
                 return _nobody
             # A long prompt takes a while, in which others are answered; few threads, so that the engine's has its turn.
@@ -78,17 +88,32 @@ def make_app(worker: Worker, form: ChatFormat, limits: Limits, *, max_body_bytes
             Route("/v1/completions", endpoint(protocol.CompletionBody, protocol.completion_call, False), methods=["POST"]),
             Route("/v1/chat/completions", endpoint(protocol.ChatBody, protocol.chat_call, True), methods=["POST"]),
         ],
+        middleware=access.middleware(),
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
     )  # fmt: skip
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, of which no more than max_bytes is kept; ApiError 413 where it is longer."""
+async def _read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
+    """The body; ApiError 415 where it is not said to be JSON, 413 where it is longer than max_bytes, 408 where it takes long.
+
+    A web page may send any other content type to any server without asking it.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"The content type must be application/json, not {kind!r}."
+        raise ApiError(415, message, code="unsupported_content_type")
+    too_large = ApiError(413, f"The body is longer than {max_bytes} bytes.", code="body_too_large")
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise ApiError(413, f"The body is longer than {max_bytes} bytes.", code="body_too_large")
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"The body was not complete after {seconds:g} seconds.", code="timeout") from error
     return bytes(body)
 
 
@@ -166,12 +191,6 @@ async def _write_stream(call, writer: Writer, queue, scope: Scope, receive: Rece
         logging.exception("A stream failed.")
         await put(event(internal_error(error).body))
     await put("", more=False)
-
-
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    """The response for an error: its body is plain ASCII, whatever it quotes."""
-    retry = {"Retry-After": "1"} if error.status in (429, 503) else {}
-    return Response(json.dumps(error.body), error.status, {**retry, **(headers or {})}, "application/json")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -35,10 +35,10 @@ class Worker:
         self._running: dict[int, tuple[Job, int]] = {}
         self._is_draining = self._is_stopped = False
         self._changed = threading.Condition()
-        self._on_failure: Callable[[], None] = lambda: None
+        self._on_failure: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine")
 
-    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+    def start(self, on_failure: Callable[[], object] = lambda: None) -> None:
         """Begin to serve. on_failure: called by the thread when the engine has failed and all clients know."""
         self._on_failure = on_failure
         self._thread.start()

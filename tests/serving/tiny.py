@@ -39,13 +39,13 @@ class Served(NamedTuple):
     engine: TextEngine
 
 
-def make(params, template=TEMPLATE, tokenizer=TOKENIZER) -> Served:
+def make(params, template=TEMPLATE, tokenizer=TOKENIZER, **options) -> Served:
     mesh = partition.make_mesh(partition.MeshConfig(), devices=jax.devices()[:1])
     params = jax.device_put(params, partition.replicated(mesh))
     engine = TextEngine(Engine(CFG, params, mesh, num_slots=SLOTS), tokenizer)
     worker = Worker(engine, num_slots=SLOTS, max_queue=QUEUE)
     form = ChatFormat.of(tokenizer, template)
-    return Served(worker, make_app(worker, form, Limits("tiny", CONTEXT, 5), max_body_bytes=4000), engine)
+    return Served(worker, make_app(worker, form, Limits("tiny", CONTEXT, 5), max_body_bytes=4000, **options), engine)
 
 
 def client(app):
