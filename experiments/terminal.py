@@ -35,7 +35,7 @@ class Terminal:
         }  # fmt: skip
 
     def handle(self, line: str) -> None:
-        """One line of the user's; a mistake is a sentence, and the conversation goes on."""
+        """One line of the user's; a mistake, or whatever else goes wrong, is a sentence, and the conversation goes on."""
         name, _, argument = line[1:].partition(" ")
         try:
             if not line.startswith("/"):
@@ -50,6 +50,13 @@ class Terminal:
                 raise ValueError(f"There is no command /{name}; the nearest is /{nearest}, and /help lists all.")
         except ValueError as error:
             print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("[broken off]")
+        except Exception as error:  # a conversation is not to be lost with its turn, whatever it is
+            reason = " ".join(str(error).split())[:300]
+            print(
+                f"error: This turn failed ({type(error).__name__}: {reason}); the conversation is still there, try /retry."
+            )
 
     def _respond(self) -> None:
         broken: list[int] = []

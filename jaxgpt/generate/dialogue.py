@@ -112,20 +112,27 @@ class Dialogue:
     def respond(self) -> Generator[str, None, None]:
         """The response to what was said last, as it is written; broken off where the iterator is closed.
 
-        Raises ValueError where there is no room for it: settings or the system's message have grown since `ask`.
+        Raises ValueError where there is no room for it: settings or the system's message have grown since `ask`. Whatever
+        is raised, what was said stays, the next turn finds the engine free, and there is a response, perhaps empty, so
+        that turns alternate.
         """
-        prompt, speech, engine = self._prompt(self.messages), self.speech, self._engine.engine
-        max_new = max(1, min(self._max_new(), engine.max_length - len(prompt)))
-        engine.check(len(prompt), max_new)
-        request = Request(prompt, max_new, self._form.stop_ids, speech.sampler, speech.seed, self._num_responses)
+        speech, engine = self.speech, self._engine.engine
         said: list[str] = []
         self.finish = None
         try:
+            prompt = self._prompt(self.messages)
+            max_new = max(1, min(self._max_new(), engine.max_length - len(prompt)))
+            engine.check(len(prompt), max_new)
+            request = Request(prompt, max_new, self._form.stop_ids, speech.sampler, speech.seed, self._num_responses)
             with contextlib.closing(self._engine.stream(request, prefix=self._form.prefix)) as pieces:
                 for piece in pieces:
                     said.append(piece.text)
                     self.finish = piece.finish
                     yield piece.text
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                engine.reset()  # a step that failed may have left no state behind
+            raise
         finally:
             self._num_responses += 1
             self.messages.append(Message("assistant", "".join(said)))
@@ -147,9 +154,16 @@ class Dialogue:
         if self._form.template is not None and messages and messages[-1].role == "assistant":
             messages = messages[:-1]
         request = Request(self._prompt(messages), 1, (), has_alternatives=True)
-        slot = self._engine.engine.start(request)
-        while not (drawn := [token for token in self._engine.engine.step() if token.slot == slot]):
-            pass
+        engine = self._engine.engine
+        slot = engine.start(request)
+        try:
+            while not (drawn := [token for token in engine.step() if token.slot == slot]):
+                pass
+        except Exception:
+            engine.reset()
+            raise
+        finally:
+            engine.cancel(slot)
         tokenizer = self._form.tokenizer
         pairs = [(tokenizer.piece(i), math.exp(x)) for i, x in drawn[0].alternatives if i < tokenizer.vocab_size]
         return pairs[:count]
