@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -40,6 +41,8 @@ async def serve(
     keep_alive: Any = keep_alive_seconds  # uvicorn wants an int, for no reason
     config = uvicorn.Config(app, http=protocol, log_level="error", access_log=False, lifespan="off", ws="none", backlog=128,
                             timeout_keep_alive=keep_alive, timeout_graceful_shutdown=2 * CLOSE_SECONDS)  # fmt: skip
+    # At "warning" asyncio tells of each piece that was written to a client that had just gone, which is nobody's mistake.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     server = uvicorn.Server(config)
     connections: Any = server.server_state.connections
     listener.make_room = lambda: close_one(connections)
