@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import benchmark_rl, cli
 from jaxgpt import partition, tree
+from jaxgpt.config import check_bounds
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
 from jaxgpt.objectives.ppo import PPOConfig
@@ -44,6 +45,9 @@ class BenchmarkConfig:
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig(num_minibatches=4)
     mean_length: int = 0
+
+    def __post_init__(self):
+        check_bounds(self, "", num_steps=1, mean_length=0)
 
 
 def main(config: BenchmarkConfig, workdir: str) -> None:

@@ -15,11 +15,12 @@ import jax
 from experiments import cli
 from experiments.terminal import Terminal
 from jaxgpt import partition
+from jaxgpt.config import check_bounds
 from jaxgpt.generate.dialogue import ChatFormat, Dialogue, Speech
 from jaxgpt.generate.engine import Engine
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.stream import TextEngine
-from jaxgpt.partition import MeshConfig
+from jaxgpt.partition import MeshConfig, check_decoding
 from jaxgpt.train.load import load_model
 
 
@@ -40,6 +41,10 @@ class ChatConfig:
     seed: int = 0
     chat_template: Literal["auto", "none"] = "auto"
     mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check_bounds(self, "", max_new_tokens=0, max_length=0)
+        check_decoding(self.mesh)
 
 
 def main(config: ChatConfig, workdir: str) -> None:

@@ -19,6 +19,7 @@ from experiments import cli
 from experiments.training import Job, train_in
 from jaxgpt import partition, tree
 from jaxgpt.data import conversations, pipeline, preference
+from jaxgpt.data.sources import check_fields
 from jaxgpt.models import lora
 from jaxgpt.objectives.dpo import DPOConfig, make_dpo, sequence_logprobs
 from jaxgpt.partition import DEFAULT_RULES
@@ -43,6 +44,10 @@ class Config(FinetuneConfig):
     dpo: DPOConfig = DPOConfig()
     precompute_reference: bool = False
     too_long: conversations.TooLong = "truncate_left"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self.data.fields, preference.FIELDS)
 
 
 def main(config: Config, workdir: str) -> None:

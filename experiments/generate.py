@@ -9,19 +9,24 @@ See configs/generate.py for presets.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import cli
 from jaxgpt import partition
+from jaxgpt.config import check_bounds
 from jaxgpt.data import sources
 from jaxgpt.data.chat import Message
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, next_token_table, stop_ids
 from jaxgpt.json_object import to_json
-from jaxgpt.partition import MeshConfig
+from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.memory import cache_bytes, check_fits
+from jaxgpt.partition import MeshConfig, check_decoding
 from jaxgpt.train.load import LoadedModel, load_model
 
 
@@ -52,9 +57,8 @@ class GenerateConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("seed", 0), ("show_probabilities", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        check_bounds(self, "", max_new_tokens=1, batch_size=1, show_probabilities=0)
+        check_decoding(self.mesh)
 
 
 def main(config: GenerateConfig, workdir: str) -> None:
@@ -72,6 +76,7 @@ def main(config: GenerateConfig, workdir: str) -> None:
     else:
         encoded = [template.encode_prompt(model.tokenizer, [Message("user", prompt)]) for prompt in prompts]
         stop = tuple(dict.fromkeys((*stop, *template.stop_ids(model.tokenizer))))
+    check_room(config, model.config, encoded, mesh)
     if config.show_probabilities:
         for prompt, ids in zip(prompts, encoded, strict=True):
             print_probabilities(config, model, prompt, ids, mesh)
@@ -92,6 +97,16 @@ def main(config: GenerateConfig, workdir: str) -> None:
         print(
             f"{record['prompt']}{between}{record['response']}\n[{record['num_tokens']} tokens, {record['stop_reason']}]\n"
         )
+
+
+def check_room(config: GenerateConfig, model: ModelConfig, encoded: Sequence[np.ndarray], mesh: Mesh) -> None:
+    """ValueError where a prompt is longer than what the model reads, or the responses can never fit the devices."""
+    longest = max(len(ids) for ids in encoded)
+    if longest > model.max_seq_length:
+        raise ValueError(f"A prompt has {longest} tokens, more than model.max_seq_length={model.max_seq_length}.")
+    rows = min(config.batch_size, len(encoded))
+    what = f"The keys and values of max_new_tokens={config.max_new_tokens} for {rows} prompt(s)"
+    check_fits({what: cache_bytes(model, rows, longest + config.max_new_tokens)}, mesh.size)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

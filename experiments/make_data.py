@@ -12,7 +12,7 @@ import sys
 from typing import Literal
 
 from experiments import cli
-from jaxgpt.config import to_dict
+from jaxgpt.config import check_bounds, to_dict
 from jaxgpt.data.arithmetic import write_arithmetic
 from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
 from jaxgpt.data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
@@ -38,6 +38,13 @@ class Config:
     max_records: int = 0
     largest: int = 99
     forget_carry: float = 0.6
+
+    def __post_init__(self):
+        check_bounds(self, "", max_bytes=0, max_records=0, largest=1)
+        if not 0 < self.heldout_fraction < 1:
+            raise ValueError(f"heldout_fraction must be between 0 and 1, not {self.heldout_fraction}.")
+        if not 0 <= self.forget_carry <= 1:
+            raise ValueError(f"forget_carry must be in [0, 1], not {self.forget_carry}.")
 
 
 def main(config: Config, workdir: str) -> None:

@@ -21,6 +21,7 @@ from experiments.score import score_file
 from experiments.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import conversations, pipeline, preference
+from jaxgpt.data.sources import check_fields
 from jaxgpt.json_object import read_object, to_json
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
@@ -47,6 +48,10 @@ class Config(FinetuneConfig):
     too_long: conversations.TooLong = "truncate_left"
     score: str = ""
     output: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self.data.fields, preference.FIELDS)
 
 
 def main(config: Config, workdir: str) -> None:

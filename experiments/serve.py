@@ -18,7 +18,7 @@ from jaxgpt import partition
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.engine import Engine
 from jaxgpt.generate.stream import TextEngine
-from jaxgpt.partition import MeshConfig
+from jaxgpt.partition import MeshConfig, check_decoding
 from jaxgpt.train.load import load_model
 
 
@@ -64,6 +64,7 @@ class ServeConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}.")
+        check_decoding(self.mesh)
         if self.max_choices > self.num_slots + self.max_queue:
             raise ValueError(
                 f"max_choices={self.max_choices} would never fit num_slots={self.num_slots} and max_queue={self.max_queue}; "

@@ -16,9 +16,10 @@ from experiments import cli
 from experiments.training import Job, sample_writer, train_in
 from jaxgpt import partition
 from jaxgpt.data import pipeline
-from jaxgpt.data.chat import Message
+from jaxgpt.data.chat import FIELDS, Message
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
 from jaxgpt.data.packing import RowPlan, make_plan
+from jaxgpt.data.sources import check_fields
 from jaxgpt.objectives.next_token import LossConfig, make_next_token
 from jaxgpt.train.config import SamplesConfig, check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
@@ -36,6 +37,7 @@ class Config(FinetuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(self.data.fields, FIELDS)
         if self.data.packing == "concat":
             raise ValueError("data.packing='concat' would cut conversations apart; use 'best_fit' or 'none'.")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from experiments import cli
 from jaxgpt.config import to_dict
 from jaxgpt.data.config import HoldoutConfig
-from jaxgpt.data.sources import content_digest, is_held_out, read_texts, resolve_paths
+from jaxgpt.data.sources import check_fields, content_digest, is_held_out, read_texts, resolve_paths
 from jaxgpt.data.tokenizer import TokenizerConfig, bytes_per_token, train_tokenizer
 from jaxgpt.train import workdir as workdirs
 
@@ -33,6 +33,9 @@ class Config:
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: CorpusConfig = CorpusConfig()
+
+    def __post_init__(self):
+        check_fields(self.data.fields, ("text",))
 
 
 def main(config: Config, workdir: str) -> None:

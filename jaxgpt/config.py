@@ -12,6 +12,9 @@ from jaxgpt.nearest import nearest_field
 
 T = TypeVar("T")
 
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, which all numbers of a config become
+LARGEST_INT = 2**63 - 1
+
 
 # Pairs of fields of one section of which the second, where it is not 0, says what the first would.
 EXCLUSIVE = (("num_train_steps", "num_epochs"),)
@@ -31,6 +34,8 @@ def build(cls: type[T], values: Mapping[str, Any], field: str = "") -> T:
         raise ValueError(_no_field(cls, *unknown, field))
     hints = typing.get_type_hints(cls)
     arguments = {key: convert(value, hints[key], _join(field, key)) for key, value in values.items()}
+    if type(arguments.get("seed")) is int:
+        check_seed(arguments["seed"], _join(field, "seed"))
     for steps, epochs in EXCLUSIVE:
         if steps in hints and arguments.get(epochs):
             arguments.setdefault(steps, 0)  # not the default, which has no say
@@ -92,30 +97,69 @@ def convert(value: Any, hint: Any, field: str) -> Any:
         if value in options:
             return value
         close = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.0)[0]
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(str, options))}; the nearest is {close!r}.")
+        raise ValueError(
+            f"{field}={shown(value)} is not one of {', '.join(map(str, options))}; the nearest is {close!r}."
+        )
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if type(value) is hint:
             return value
         if isinstance(value, Mapping):
             return build(hint, value, field)
-        raise ValueError(f"{field} is a section with fields of its own, not {value!r}.")
+        raise ValueError(f"{field} is a section with fields of its own, not {shown(value)}.")
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(convert(v, options[0], f"{field}[{i}]") for i, v in enumerate(value))
-        raise ValueError(f"{field} must be a list, not {value!r}.")
+        raise ValueError(f"{field} must be a list, not {shown(value)}.")
     if origin is dict:
         if isinstance(value, Mapping):
             return {str(k): convert(v, options[1], _join(field, str(k))) for k, v in value.items()}
-        raise ValueError(f"{field} must be a mapping, not {value!r}.")
+        raise ValueError(f"{field} must be a mapping, not {shown(value)}.")
     return _convert_scalar(value, hint, field)
 
 
 def _convert_scalar(value: Any, hint: Any, field: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if hint is float and (is_integer or type(value) is float):
+        if not abs(value) <= LARGEST_FLOAT:
+            raise ValueError(f"{field} must be a finite number of at most {LARGEST_FLOAT:.3g}, not {shown(value)}.")
         return float(value)
     if hint in (int, float, str, bool) and (type(value) is not hint):
-        raise ValueError(f"{field} must be {_NAMES[hint]}, not {value!r}.")
+        raise ValueError(f"{field} must be {_NAMES[hint]}, not {shown(value)}.")
+    if hint is int and not abs(value) <= LARGEST_INT:
+        raise ValueError(f"{field} must be an integer of at most {LARGEST_INT}, not {shown(value)}.")
+    if hint is str and "\0" in value:
+        raise ValueError(f"{field} must not have a NUL character in it.")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as it is shown in a message: in one line, and not whole where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def check_bounds(config: Any, section: str, **bounds: Any) -> None:
+    """ValueError naming the first field of a config that is below its least value; None in a field is let through.
+
+    section: what stands before the field's name, as "model.". bounds: field -> the least value, or "positive".
+    """
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if least == "positive" and not value > 0:
+            raise ValueError(f"{section}{name} must be positive, not {shown(value)}.")
+        if least != "positive" and not value >= least:
+            raise ValueError(f"{section}{name} must be at least {least}, not {shown(value)}.")
+
+
+def check_seed(seed: int, field: str = "seed") -> None:
+    """ValueError for a seed that is not one of jax's, which has 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{field} must be from 0 to 2**32 - 1 = {2**32 - 1}, not {shown(seed)}.")
 
 
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
@@ -134,7 +178,7 @@ def _convert_union(value: Any, options: tuple, field: str) -> Any:
         if (typing.get_origin(option) or option) is kind:
             return convert(value, option, field)
     names = [_NAMES.get(o, "a list" if typing.get_origin(o) is tuple else "a mapping") for o in options]
-    raise ValueError(f"{field} must be {' or '.join(names)}, not {value!r}.")
+    raise ValueError(f"{field} must be {' or '.join(names)}, not {shown(value)}.")
 
 
 def field_type(cls: Any, path: str) -> Any:

@@ -61,6 +61,11 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        if self.expert != 1:
+            raise ValueError(
+                f"mesh.expert={self.expert} would split nothing: no model here has experts; use mesh.data, mesh.fsdp or "
+                "mesh.tensor for these devices."
+            )
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 to take the devices that are left.")
@@ -96,6 +101,15 @@ def make_mesh(config: MeshConfig, dcn: MeshConfig | None = None, devices: Sequen
     else:
         grid = mesh_utils.create_device_mesh(inner, devices=devices)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def check_decoding(config: MeshConfig) -> None:
+    """ValueError for a mesh that splits sequences, where tokens are drawn one at a time and there is nothing to split."""
+    if config.context != 1:
+        raise ValueError(
+            f"mesh.context={config.context} splits nothing while text is generated; use mesh.data or mesh.tensor for these "
+            "devices."
+        )
 
 
 def check_rules(rules: Rules) -> None:

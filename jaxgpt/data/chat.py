@@ -382,6 +382,9 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+FIELDS = ("prompt", "response", "completion", "messages")  # the standard names of the records below
+
+
 def conversation(record: Record, fields: Mapping[str, str]) -> list[Message]:
     """The conversation of a record: its "messages", or its "prompt" and "response" (or "completion").
 

@@ -3,6 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from jaxgpt.config import check_bounds
+
+MAX_WORKERS = 1024  # more processes, and batches, than this are a mistake
+MAX_PREFETCH = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -70,6 +75,7 @@ class DataConfig:
     def __post_init__(self):
         if self.sequence_length < 2:
             raise ValueError(f"data.sequence_length must be at least 2, not {self.sequence_length}.")
-        for name in ("num_workers", "prefetch", "eval_batches"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must not be negative, not {getattr(self, name)}.")
+        check_bounds(self, "data.", num_workers=0, prefetch=0, eval_batches=0)
+        for name, most in (("num_workers", MAX_WORKERS), ("prefetch", MAX_PREFETCH)):
+            if getattr(self, name) > most:
+                raise ValueError(f"data.{name} must be at most {most}, not {getattr(self, name)}.")

@@ -30,6 +30,7 @@ from jaxgpt.data.token_cache import Split, TokenizedSource, cached_source, map_f
 from jaxgpt.data.tokenizer import Tokenizer
 
 ALIASES = (("chosen", "winning_response"), ("rejected", "losing_response"))
+FIELDS = ("prompt", "chosen", "rejected", "winning_response", "losing_response", "responses", "margin")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 

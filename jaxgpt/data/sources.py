@@ -163,6 +163,20 @@ _READERS = {
 }
 
 
+def check_fields(fields: Mapping[str, str], known: Iterable[str], field: str = "data.fields") -> None:
+    """ValueError for a mapping of a name that no record of the stage has, with the nearest: it would be without effect."""
+    known = list(known)
+    for name, there in fields.items():
+        if name not in known:
+            # The two are easily exchanged: {name in the file: standard name}.
+            turned = there in known and difflib.get_close_matches(name, known, n=1, cutoff=0.7) == []
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            hint = f"write {{{there!r}: {name!r}}}" if turned else f"the nearest is {nearest!r}"
+            raise ValueError(
+                f"{field} maps {name!r}, which is none of the records' standard names ({', '.join(known)}); {hint}."
+            )
+
+
 def required_field(record: Record, name: str, fields: Mapping[str, str], kind: type[T]) -> T:
     """The value of the standard field `name`, under the name that `fields` maps it to.
 

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Literal, get_args
 
+from jaxgpt.config import check_bounds
+from jaxgpt.data import preference
 from jaxgpt.data.conversations import TooLong
+from jaxgpt.data.sources import check_fields
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.reporting.report_card import Thresholds
@@ -19,6 +22,14 @@ KIND_FIELDS = {
     "generation": ("metrics", *_ANSWERS),
     "win_rate": _ANSWERS,
     "report_card": ("report_card", "too_long"),
+}
+# The standard names of each kind's records.
+RECORD_FIELDS = {
+    "perplexity": ("text",),
+    "multiple_choice": ("prompt", "choices", "answer"),
+    "generation": ("prompt", "answer", "reference"),
+    "win_rate": ("prompt",),
+    "report_card": preference.FIELDS,
 }
 
 
@@ -64,9 +75,8 @@ class TaskConfig:
             if name not in KIND_FIELDS[self.kind] and getattr(self, name) != getattr(default, name):
                 kinds = " or ".join(kind for kind, names in KIND_FIELDS.items() if name in names)
                 raise ValueError(f"{field}.{name} has no meaning for {field}.kind={self.kind!r}; it is for {kinds}.")
-        for name, least in (("stride", 0), ("num_shots", 0), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{field}.{name} must be at least {least}, not {getattr(self, name)}.")
+        check_bounds(self, f"{field}.", stride=0, num_shots=0, max_new_tokens=1)
+        check_fields(self.fields, RECORD_FIELDS[self.kind], f"{field}.fields")
         if self.shots and not self.num_shots:
             raise ValueError(f"{field}.shots={self.shots!r} needs {field}.num_shots, how many of them to show.")
         if not self.metrics:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxgpt.generate.batching import Draw, Drawn, decode_step, init_state, prefill
 from jaxgpt.generate.samplers import RowSamplers, SamplerConfig
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.memory import cache_bytes, check_fits
 from jaxgpt.types import Params
 
 _CHUNKS = (16, 64, 256)  # tokens that a prefill takes; a longer prompt takes several
@@ -87,6 +88,8 @@ class Engine:
             raise ValueError(
                 f"max_length must be at least 2 and at most model.max_seq_length={cfg.max_seq_length}, not {max_length}."
             )
+        what = f"The keys and values of num_slots={num_slots} with max_length={self.max_length} tokens"
+        check_fits({what: cache_bytes(cfg, num_slots, self.max_length)}, mesh.size)
         self.vocab_size = cfg.vocab_size
         self.reused = self.computed = 0
         self._slots = [_Slot() for _ in range(num_slots)]

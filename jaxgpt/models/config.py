@@ -5,6 +5,8 @@ import math
 import re
 from typing import Literal
 
+from jaxgpt.config import check_bounds
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -26,10 +28,10 @@ class RopeConfig:
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        if self.theta <= 0:
-            raise ValueError(f"model.rope.theta must be positive, not {self.theta}.")
-        if self.factor < 1:
-            raise ValueError(f"model.rope.factor must be at least 1, not {self.factor}.")
+        check_bounds(
+            self, "model.rope.", theta="positive", factor=1, original_max_seq_length=1, low_freq_factor="positive",
+            high_freq_factor="positive", beta_fast="positive", beta_slow="positive",
+        )  # fmt: skip
 
 
 # The linear maps of a layer, by the names that lora.target_modules is matched against.
@@ -57,6 +59,7 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 0:
             raise ValueError(f"lora.rank must be 0 (no adapters) or positive, not {self.rank}.")
+        check_bounds(self, "lora.", alpha="positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be in [0, 1), not {self.dropout}.")
         try:
@@ -145,9 +148,11 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
-        for name in ("num_layers", "embed_dim", "num_heads", "max_seq_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
+        check_bounds(
+            self, "model.", num_layers=1, embed_dim=1, num_heads=1, max_seq_length=1, vocab_size=0, num_kv_heads=0,
+            head_dim=0, mlp_dim=0, query_scale=0, norm_eps="positive", attention_softcap="positive",
+            final_softcap="positive", sliding_window=1,
+        )  # fmt: skip
         fill = lambda name, value: object.__setattr__(self, name, value)
         if not self.num_kv_heads:
             fill("num_kv_heads", self.num_heads)
@@ -170,8 +175,6 @@ class ModelConfig:
             fill("query_scale", 1 / math.sqrt(self.head_dim))
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for model.position='rope'.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"model.sliding_window must be at least 1, not {self.sliding_window}.")
         if not self.window_pattern:
             raise ValueError("model.window_pattern must name at least one layer kind, 'local' or 'global'.")
         if self.sliding_window is not None and self.num_layers % len(self.window_pattern):

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jaxgpt.config import check_bounds
+from jaxgpt.data.sources import check_fields
 from jaxgpt.objectives.ppo import PPOConfig
 from jaxgpt.rl.rewards import RewardSource
 from jaxgpt.rl.rollout import RolloutConfig
@@ -49,17 +51,33 @@ class RLConfig(FinetuneConfig):
     preflight: bool = True
     require_report_card: bool = True
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a prompt and its response, at most."""
+        return self.rollout.max_prompt_length + self.rollout.max_new_tokens
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Responses that one forward and backward pass sees."""
+        return super().rows_at_a_time // self.ppo.num_minibatches
+
     def __post_init__(self):
         rows = self.rollout.batch_size
         if self.batch_size not in (0, rows):
             raise ValueError(f"batch_size={self.batch_size} is set by rollout.batch_size={rows} in RL; leave it out.")
         object.__setattr__(self, "batch_size", rows)
         super().__post_init__()
-        if self.num_eval_samples < 1:
-            raise ValueError(f"num_eval_samples must be at least 1, not {self.num_eval_samples}.")
+        check_fields(self.data.fields, ("prompt",))
+        check_bounds(self, "", num_eval_samples=1, num_eval_prompts=0)
         if rows % self.ppo.num_minibatches:
             raise ValueError(
                 f"rollout.batch_size={rows} is not a multiple of ppo.num_minibatches={self.ppo.num_minibatches}."
+            )
+        minibatch = rows // self.ppo.num_minibatches
+        if minibatch % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide a minibatch of "
+                f"rollout.batch_size / ppo.num_minibatches = {rows} / {self.ppo.num_minibatches} = {minibatch} responses."
             )
         if self.advantage == "group" and self.critic_trunk == "shared":
             raise ValueError("critic_trunk='shared' is a critic's; advantage='group' has none.")

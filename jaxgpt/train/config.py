@@ -5,9 +5,12 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from jaxgpt.config import check_bounds
 from jaxgpt.data.config import DataConfig
+from jaxgpt.data.sources import check_fields
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.memory import check_fits, num_parameters
 from jaxgpt.objectives.next_token import LossConfig
 from jaxgpt.partition import MeshConfig, local_rows
 from jaxgpt.train.checkpoint import CheckpointConfig
@@ -21,6 +24,9 @@ class NonfiniteConfig:
     action: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
 
+    def __post_init__(self):
+        check_bounds(self, "nonfinite.", max_skipped=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
@@ -28,6 +34,9 @@ class ProfileConfig:
 
     start_step: int = 10
     num_steps: int = 0
+
+    def __post_init__(self):
+        check_bounds(self, "profile.", start_step=0, num_steps=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,9 @@ class SamplesConfig:
     num_heldout: int = 0
     max_new_tokens: int = 64
     sampler: SamplerConfig = SamplerConfig(temperature=0.8, top_k=50)
+
+    def __post_init__(self):
+        check_bounds(self, "samples.", num_heldout=0, max_new_tokens=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +101,25 @@ class RunConfig:
     init_from: str = ""
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "log_interval_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.num_train_steps < (0 if self.num_epochs else 1):
-            raise ValueError(f"num_train_steps must be at least 1, not {self.num_train_steps}.")
-        for name in ("eval_interval_steps", "num_epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}.")
+        check_bounds(
+            self, "", batch_size=1, gradient_accumulation_steps=1, log_interval_steps=1, eval_interval_steps=0,
+            num_epochs=0, num_train_steps=0 if self.num_epochs else 1,
+        )  # fmt: skip
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}."
             )
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row."""
+        return self.data.sequence_length
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows that one forward and backward pass sees."""
+        return self.batch_size // self.gradient_accumulation_steps
 
     def num_steps(self, rows: int) -> int:
         """Updates of the run, given the rows of one epoch."""
@@ -118,6 +136,7 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(self.data.fields, ("text",))
         check_lengths(self.data, self.model)
         if self.model.lora.rank:
             raise ValueError(
@@ -133,8 +152,31 @@ def check_lengths(data: DataConfig, model: ModelConfig) -> None:
         )
 
 
+def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """ValueError, with the numbers, where a run can never fit the devices: a batch or a model out of all proportion.
+
+    Counted are parameters and gradients in float32, one activation of each layer, and the rows themselves.
+    """
+    copies = 1 if model.lora.rank else 2
+    sizes = f"model.num_layers={model.num_layers}, model.embed_dim={model.embed_dim}"
+    rows = f"batch_size={config.batch_size} rows of {config.row_length} tokens"
+    check_fits(
+        {
+            f"The parameters and gradients of a model with {sizes}": 4 * copies * num_parameters(model),
+            f"The activations of {rows}": 2
+            * config.rows_at_a_time
+            * config.row_length
+            * model.embed_dim
+            * model.num_layers,
+            f"The tokens of {rows}": 4 * 4 * config.batch_size * config.row_length,
+        },
+        mesh.size,
+    )
+
+
 def check_mesh(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     """ValueError naming the field where the model or the batch does not divide over the mesh."""
+    check_memory(config, model, mesh)
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "mlp_dim"):
         if getattr(model, name) % tensor:
