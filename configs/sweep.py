@@ -9,7 +9,8 @@ Presets:
   pretrain     sixteen random trials of pretraining's learning rate, weight decay and batch size there, by held-out loss.
 
 A field is searched in, or set for all trials by a list of one value, as
---config.search.grpo.optimizer.learning_rate=[1e-4,1e-3] or --config.search.grpo.num_train_steps=[100].
+--config.search.grpo.optimizer.learning_rate=[1e-4,1e-3] or --config.search.grpo.num_train_steps=[100]. In a config file it is
+nested, as here; a ConfigDict takes no dots in its names, a plain dict does: {"grpo.num_train_steps": [100]}.
 """
 
 from ml_collections import ConfigDict

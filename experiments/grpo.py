@@ -11,5 +11,7 @@ import functools
 from experiments import cli, ppo
 from jaxgpt.rl.config import RLConfig
 
+main = functools.partial(ppo.main, name="grpo")
+
 if __name__ == "__main__":
-    cli.run(functools.partial(ppo.main, name="grpo"), RLConfig, default_config="configs/grpo.py")
+    cli.run(main, RLConfig, default_config="configs/grpo.py")

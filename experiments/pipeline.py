@@ -18,6 +18,7 @@ from typing import NoReturn
 import jax
 
 from experiments import cli
+from experiments.stage_configs import check_stages
 from experiments.stages import fail, start, start_stage, wait
 from jaxgpt.pipeline import expectations
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, key, substitute
@@ -28,11 +29,12 @@ from jaxgpt.train import workdir as workdirs
 def main(config: PipelineConfig, workdir: str) -> None:
     """Run the stages of `workdir` that are not finished, then write its manifest and report."""
     jax.config.update("jax_platforms", "cpu")  # here alone: the devices are the stages'
+    folders = {name: os.path.join(workdir, name) for name in config.order()}
+    check_stages(config, folders)
     with workdirs.lock(workdir):
         path = os.path.join(workdir, "pipeline.json")
         record = workdirs.read_json(path) or {}
         order = config.order()
-        folders = {name: os.path.join(workdir, name) for name in order}
         digests: dict[str, str] = {}
         lineage: dict[str, Lineage] = {}
         for name in order:

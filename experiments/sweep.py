@@ -21,6 +21,7 @@ import jax
 
 from experiments import cli
 from experiments.scheduler import failure, log_path, missing, run_all, stage_path
+from experiments.stage_configs import check_stage
 from experiments.stages import fail
 from jaxgpt.config import to_dict
 from jaxgpt.json_object import to_json
@@ -37,6 +38,7 @@ def main(config: SweepConfig, workdir: str) -> None:
     pipeline = cli.load_config(config.pipeline, [], PipelineConfig)
     trials = plan(config, pipeline, functools.cache(cli.plain_config))
     chosen = trials if config.trial is None else [trials[config.trial]]
+    check_trials(trials, workdir)
     config = dataclasses.replace(config, trial=None)
     write_results(config, trials, workdir)
     runs = missing(workdir, [trial.runs for trial in chosen])
@@ -65,6 +67,17 @@ def main(config: SweepConfig, workdir: str) -> None:
     if failed:
         logs = log_path(workdir, "STAGE")
         fail(f"{len(failed)} of {len(chosen)} trials failed: {', '.join(map(str, sorted(failed)))}; see {logs}.", 1)
+
+
+def check_trials(trials: list[Trial], workdir: str) -> None:
+    """ValueError naming the first trial and stage whose config would be refused; nothing has run or been written yet."""
+    seen: set[str] = set()
+    for trial in trials:
+        for name, run in trial.runs.items():
+            if run.folder not in seen:
+                seen.add(run.folder)
+                folders = {parent: stage_path(workdir, folder) for parent, folder in run.folders.items()}
+                check_stage(f"The stage {name} of trial {trial.number}", run.stage, folders)
 
 
 def result(config: SweepConfig, trial: Trial, root: str) -> dict | None:

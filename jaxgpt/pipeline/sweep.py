@@ -95,6 +95,33 @@ class SweepConfig:
         return space
 
 
+# What a manifest may hold to compare by, and the metrics that all runs of a kind log; others depend on the config.
+_PARTS = ("final_metrics", "report_card", "reference_lines", "reward_shift", "step", "data", "curve", "vocab_size")
+_METRICS = (
+    "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy", "eval/scores", "eval/gold", "eval/kl",
+    "eval/bytes_per_token", "eval/reward_shift", "eval/margin", "eval/length", "train/loss", "train/accuracy",
+    "train/grad_norm", "train/learning_rate", "reward/accuracy", "reward/margin", "reward/loss", "objective/kl",
+    "objective/entropy", "objective/scores", "objective/rlhf_reward", "objective/non_score_reward", "policy/approxkl",
+    "policy/clipfrac", "policy/ratio", "policy/loss", "value/loss", "value/clipfrac", "value/explained_variance",
+    "rollout/mean_length", "rollout/eos_fraction", "rollout/logprob_gap",
+)  # fmt: skip
+
+
+def _check_metric(metric: str) -> None:
+    """ValueError for a path that no manifest has, or that differs in a letter or two from a metric that there is."""
+    _, part, *names = metric.split(".", 2)
+    if part not in _PARTS:
+        nearest = difflib.get_close_matches(part, _PARTS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"metric={metric!r}: no manifest has {part!r}; the nearest is {nearest!r}.")
+    name = ".".join(names)
+    if part == "final_metrics" and name not in _METRICS:
+        alike = [known for known in _METRICS if known.count("/") == name.count("/")]
+        close = difflib.get_close_matches(name, alike, n=1, cutoff=0.85)
+        if close or not name:
+            nearest = close[0] if close else _METRICS[0]
+            raise ValueError(f"metric={metric!r}: there is no such metric; the nearest is {nearest!r}.")
+
+
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """(dotted name, what is tried); a mapping with low or high is a range, any other a section."""
     for name, value in values.items():
@@ -167,13 +194,14 @@ def plan(config: SweepConfig, pipeline: PipelineConfig, config_values: Callable[
     config_values: spec -> what the config file of a stage gives.
 
     Raises:
-      ValueError: for a stage that is not there, or is searched in but decides nothing about the metric.
+      ValueError: for a metric or a stage that is not there, or is searched in but decides nothing about the metric.
     """
     target = config.metric.split(".")[0]
     for field, stage in [("metric", target), *((f"search.{name}", name.split(".")[0]) for name in config.space())]:
         if stage not in pipeline.stages:
             nearest = difflib.get_close_matches(stage, pipeline.stages, n=1, cutoff=0.0)[0]
             raise ValueError(f"{field}: the pipeline has no stage {stage!r}; the nearest is {nearest!r}.")
+    _check_metric(config.metric)
     trials = [
         Trial(number, values, _runs(_assigned(pipeline, values, target), config_values))
         for number, values in enumerate(assignments(config))

@@ -176,7 +176,7 @@ def load_function(name: str, what: str = "reward") -> Callable[..., Any]:
         exec(compile(source, path, "exec"), module.__dict__)
     except SyntaxError as error:
         raise ValueError(f"The {what} {name!r}: {error.filename}, line {error.lineno}: {error.msg}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"The {what} {name!r} cannot be loaded: {_cause(error, path)}.") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -204,7 +204,7 @@ def checked_values(
     prompts = f"the prompts of {where[0]} to {where[-1]}"
     try:
         values = function(*batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function that calls sys.exit ends no run
         culprit = _culprit(function, batch)
         place = f"the prompt of {where[culprit]}" if culprit is not None else f"{prompts}, but for none of them alone"
         path = (file_and_function(name) or ("", ""))[0]
@@ -250,7 +250,7 @@ def _culprit(function: Callable[..., Any], batch: _Batch) -> int | None:
     def fails(low: int, high: int) -> bool:
         try:
             function(*(part[low:high] for part in batch))
-        except Exception:
+        except (Exception, SystemExit):
             return True
         return False
 
@@ -261,7 +261,7 @@ def _culprit(function: Callable[..., Any], batch: _Batch) -> int | None:
     return low if fails(low, high) else None
 
 
-def _cause(error: Exception, path: str) -> str:
+def _cause(error: BaseException, path: str) -> str:
     """An exception in a sentence, with the line of the user's file where it was raised."""
     if not path and isinstance(error, ValueError):
         return str(error)

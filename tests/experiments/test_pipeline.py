@@ -102,5 +102,5 @@ def test_a_mistake_in_a_stage_ends_the_pipeline_with_its_sentence_and_code(pipel
     flags = ["--config.stages.data.fields.forget_carry=2", f"--workdir={tmp_path / 'run'}"]
     done = command("pipeline", f"--config={pipeline_config}", *flags)
     assert done.returncode == 2
-    assert "forget_carry must be a probability, not 2.0" in done.stderr
-    assert "the stage data ended with exit code 2" in done.stderr
+    assert done.stderr == "error: stages.data: forget_carry must be in [0, 1], not 2.0.\n"
+    assert not (tmp_path / "run").exists()

@@ -454,3 +454,17 @@ def test_sources_come_from_a_config_and_its_flags():
     assert config.to_dict(made) == {"format": {"name": "regex", "weight": 2.0, "options": {"pattern": r"\d+"}}}
     with pytest.raises(ValueError, match="rewards.format.wait; the nearest field is rewards.format.weight"):
         config.convert({"format": {"name": "regex", "wait": 2}}, hint, "rewards")
+
+
+@pytest.mark.parametrize("body", ["sys.exit(3)", "raise SystemExit", "exit()"])
+def test_a_function_that_exits_is_a_function_that_fails(tmp_path, body):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import sys\n\ndef score(prompts, responses, records):\n    {body}\n")
+    rewards = combine([RewardSource(f"{path}:score")])
+    with pytest.raises(
+        ValueError, match=r"mine\.py:score failed for the prompt of a\.jsonl, line 1: SystemExit.*line 4"
+    ):
+        rewards(["p"], ["r"], [{}], ["a.jsonl, line 1"])
+    path.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(ValueError, match=r"cannot be loaded: SystemExit: 3 .*line 2"):
+        combine([RewardSource(f"{path}:score")])

@@ -1,0 +1,88 @@
+"""Mistakes in later stages of a pipeline or a sweep, which are said before the first stage runs."""
+
+import copy
+
+import pytest
+
+from experiments import cli, sweep
+from experiments.pipeline import main
+from experiments.stage_configs import check_stages
+from jaxgpt import config as config_lib
+from jaxgpt.pipeline.graph import PipelineConfig
+from jaxgpt.pipeline.sweep import SweepConfig, plan
+
+CHANGES = [
+    ({"command": "stf"}, [], ["stages.sft", "'stf'", "'sft'"]),
+    ({"config": "configs/stf.py"}, [], ["stages.sft", "configs/stf.py"]),
+    ({"config": "configs/sft.py:ful"}, [], ["stages.sft", "'ful'", "full"]),
+    ({}, ["lora.rnk=3"], ["stages.sft", "lora.rnk", "lora.rank"]),
+    ({}, ["learning_rate=3"], ["stages.sft", "optimizer.learning_rate"]),
+    ({}, ["batch_size=many"], ["stages.sft", "batch_size", "integer"]),
+    ({}, ["lora.rank=-1"], ["stages.sft", "lora.rank", "-1"]),
+    ({}, ["data.train=missing.jsonl"], ["stages.sft", "data.train", "missing.jsonl"]),
+    ({}, ["init_from=missing"], ["stages.sft", "init_from", "missing"]),
+    ({}, ["num_epochs=1", "num_train_steps=4"], ["stages.sft", "num_epochs", "num_train_steps"]),
+    ({}, ["data.fields.promt=q"], ["stages.sft", "data.fields", "prompt"]),
+]
+
+
+def folders(root) -> dict[str, str]:
+    return {name: str(root / name) for name in ("data", "tokenizer", "pretrain", "sft")}
+
+
+@pytest.fixture
+def values(pipeline_config) -> dict:
+    return copy.deepcopy(cli.plain_config(pipeline_config))
+
+
+def test_a_right_pipeline_passes(values, tmp_path):
+    check_stages(config_lib.build(PipelineConfig, values), folders(tmp_path))
+
+
+@pytest.mark.parametrize(("changes", "overrides", "words"), CHANGES)
+def test_a_mistake_in_the_last_stage_is_said_before_the_first_runs(values, tmp_path, changes, overrides, words):
+    values["stages"]["sft"] |= changes
+    for override in overrides:
+        field, text = override.split("=")
+        config_lib.override(values, PipelineConfig, f"stages.sft.fields.{field}", text)
+    if "num_epochs=1" in overrides:  # one after the other they replace each other
+        values["stages"]["sft"]["fields"] |= {"num_epochs": 1.0, "num_train_steps": 4}
+    config = config_lib.build(PipelineConfig, values)
+    with pytest.raises(ValueError, match=".") as error:
+        main(config, str(tmp_path / "run"))
+    for word in words:
+        assert word in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_presets_pass(tmp_path):
+    for spec in ("configs/pipeline.py", "configs/arithmetic.py"):
+        config = cli.load_config(spec, [], PipelineConfig)
+        check_stages(config, {name: str(tmp_path / name) for name in config.stages})
+
+
+def test_a_misspelt_field_of_a_sweep_is_said_at_once(pipeline_config, tmp_path):
+    search = {"tokenizer": {"tokenizer": {"vocab_sise": [300, 400]}}}
+    config = SweepConfig(pipeline=pipeline_config, search=search, metric="sft.final_metrics.eval/loss")
+    with pytest.raises(ValueError, match=r"stage tokenizer of trial 0: .*tokenizer\.vocab_sise.*tokenizer\.vocab_size"):
+        sweep.main(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "nearest"),
+    [("sft.final_metrics.eval/los", "eval/loss"), ("sft.final_metric.eval/loss", "final_metrics"),
+     ("sft.final_metrics.reward/acuracy", "reward/accuracy")],
+)  # fmt: skip
+def test_a_misspelt_metric_of_a_sweep_is_said_at_once(pipeline_config, tmp_path, metric, nearest):
+    config = SweepConfig(pipeline=pipeline_config, search={"sft.seed": [1, 2]}, metric=metric)
+    with pytest.raises(ValueError, match=nearest):
+        sweep.main(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_of_the_users_own_names_is_let_through(values):
+    pipeline = config_lib.build(PipelineConfig, values)
+    for name in ("eval/gold/f1", "sums/exact_match", "win_rate/win_rate", "eval/code/loss"):
+        config = SweepConfig(pipeline="p.py", search={"sft.seed": [1, 2]}, metric=f"sft.final_metrics.{name}")
+        assert len(plan(config, pipeline, lambda spec: {})) == 2
