@@ -125,7 +125,7 @@ def _convert_scalar(value: Any, hint: Any, field: str) -> Any:
         return float(value)
     if hint in (int, float, str, bool) and (type(value) is not hint):
         raise ValueError(f"{field} must be {_NAMES[hint]}, not {shown(value)}.")
-    if hint is int and not abs(value) <= LARGEST_INT:
+    if hint is int and not -LARGEST_INT - 1 <= value <= LARGEST_INT:
         raise ValueError(f"{field} must be an integer of at most {LARGEST_INT}, not {shown(value)}.")
     if hint is str and "\0" in value:
         raise ValueError(f"{field} must not have a NUL character in it.")

@@ -168,7 +168,7 @@ FIELDS = [
     (COMPLETION, "max_tokens", 0, 400, "invalid_value", "at least 1, not 0"),
     (COMPLETION, "max_tokens", 62, 400, "context_length_exceeded", "3 tokens; with 62 .* of 64"),
     (COMPLETION, "temperature", -1, 400, "invalid_value", "not -1"),
-    (COMPLETION, "temperature", 10**400, 400, "invalid_value", "too large"),
+    (COMPLETION, "temperature", 10**400, 400, "invalid_value", "finite number of at most"),
     (COMPLETION, "top_p", 2, 400, "invalid_value", "not 2"),
     (COMPLETION, "tempratur", 1, 400, "unknown_parameter", "the nearest is 'temperature'"),
     (COMPLETION, "frequency_penalty", 0.5, 400, "unsupported_parameter", "not supported"),

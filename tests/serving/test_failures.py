@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer import SentencePieceTokenizer
 from jaxgpt.generate import stream
 from tests.serving.bodies import bodies
 from tests.serving.tiny import (
@@ -22,7 +22,7 @@ from tests.serving.tiny import (
 )
 
 
-class WithoutBos(Tokenizer):
+class WithoutBos(SentencePieceTokenizer):
     """A tokenizer as GPT-2's: nothing stands before a text."""
 
     def __init__(self, model):
