@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
+CHAOS_ARGS ?=
 
 # Compiled programs are kept between runs. Huge pages for malloc save CPU training 5 to 10 % of its time.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -42,6 +43,10 @@ format: $(STAMP) ## Mend style and format
 .PHONY: test
 test: lint ## Lint and all tests, in a random order that the end names (ARGS=... goes to pytest)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
+
+.PHONY: chaos
+chaos: $(STAMP) ## Mistakes, kills, damage, full disks, a server under load (CHAOS_ARGS="--only=kills --share=0.1")
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 .PHONY: clean
 clean: ## Remove what the other targets made, but for runs/
