@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ def run(
     calls that share a `subject` attribute stay together.
     """
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left, here and in the workers
     root = tempfile.mkdtemp(prefix="chaos-")
     try:
         forks.prepare()
@@ -80,8 +82,14 @@ def _in_workers(calls: Sequence[Callable[[], list[Case]]], count: int, root: str
                 os._exit(code)
         workers.append((pid, path))
     cases = []
-    for pid, path in workers:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for i, (pid, path) in enumerate(workers):
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except BaseException:
+            for other, _ in workers[i:]:
+                os.kill(other, signal.SIGTERM)
+                os.waitpid(other, 0)
+            raise
         with open(path) as file:
             cases += [Case(*json.loads(line)) for line in file]
         if code:

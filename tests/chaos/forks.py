@@ -83,10 +83,16 @@ def _run(child: Callable[[], None], counter: Any) -> Outcome:
         pid = os.fork()
         if not pid:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             _finish(child)
-        code = _wait(pid)
+        try:
+            code = _wait(pid)
+        except BaseException:  # the campaign is ended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            raise
         texts = []
         for file in (out, err):
             file.seek(0)
