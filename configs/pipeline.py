@@ -82,7 +82,7 @@ def _quickstart() -> dict:
         "final": {
             "command": "finalize",
             "config": "configs/finalize.py:int8",
-            "title": "Finalization: the policy's weights in int8, proven to be the same model",
+            "title": "Finalization: the policy's weights in int8, read back from the files and compared",
             "fields": {"init_from": "@ppo", "data": {"eval": "@data/sft_eval.jsonl"}},
         },
         "evaluate": {

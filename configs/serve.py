@@ -6,7 +6,7 @@
         -d '{"model": "sft", "prompt": "Once upon a time", "max_tokens": 32}'
 
 The model's name is the folder's unless model_name says another. Up to num_slots responses are written at the same time, each
-step of the model serving all of them; docs/serving.md has the limits. Needs pip install 'jaxgpt[serve]'.
+step of the model serving all of them; docs/serving.md has the limits. Needs pip install -e '.[serve]'.
 """
 
 from ml_collections import ConfigDict

@@ -83,7 +83,9 @@ def main(config: ServeConfig, workdir: str) -> None:
         from jaxgpt.serving.protocol import Limits
         from jaxgpt.serving.worker import Worker
     except ImportError as error:
-        raise ValueError(f"Serving needs {error.name}, which is not installed: pip install 'jaxgpt[serve]'.") from error
+        raise ValueError(
+            f"Serving needs {error.name}, which is not installed: pip install -e '.[serve]' in the project's folder."
+        ) from error
     if not config.init_from:
         raise ValueError("init_from is required: --config.init_from=DIR, the workdir of a training run.")
     if jax.process_count() > 1:

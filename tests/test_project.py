@@ -97,3 +97,10 @@ def test_the_pinned_versions_name_no_place_to_get_them_from():
     assert len(lines) > 50
     for line in lines:
         assert line.startswith("#") or re.fullmatch(r'[\w.-]+==[\w.+]+( ; python_version (<|>=) "3\.12")?', line), line
+
+
+def test_every_instruction_to_install_an_extra_installs_the_clone():
+    """The name is no project of the package index: `pip install jaxgpt` would install nothing, or somebody else's code."""
+    wanted = re.compile(r"pip install [^\n]*jaxgpt")
+    files = tracked("*.py", "*.md", "*.toml", "*.yaml", "*.sh", "Makefile")
+    assert not [path for path in files if wanted.search(path.read_text()) and path != pathlib.Path(__file__)]

@@ -199,5 +199,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ValueError("A tokenizer.json needs the package tokenizers: pip install 'jaxgpt[hf]'.") from error
+        raise ValueError(
+            "A tokenizer.json needs the package tokenizers: pip install -e '.[hf]' in the project's folder."
+        ) from error
     return tokenizers

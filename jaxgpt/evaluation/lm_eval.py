@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a model trained here: hundreds of published tasks.
 
-    pip install 'jaxgpt[eval]'
+    pip install -e '.[eval]'
     python -m jaxgpt.evaluation.lm_eval --model jaxgpt --model_args init_from=runs/sft --batch_size 16 --tasks arc_easy
 
 takes every flag of the harness's own command; --apply_chat_template uses the template that the model was trained with. From
@@ -34,7 +34,9 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise ImportError("lm-evaluation-harness is not installed: pip install 'jaxgpt[eval]'.") from error
+    raise ImportError(
+        "lm-evaluation-harness is not installed: pip install -e '.[eval]' in the project's folder."
+    ) from error
 
 # What stands before a chat in a context. A text could not hold the template's markers: the tokenizer never makes reserved
 # tokens of text, so that the messages themselves are passed on.

@@ -115,8 +115,9 @@ FAMILIES = {
         | {
             "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "hidden_activation": "gelu_pytorch_tanh",
         },
-        activation=("hidden_activation", "hidden_act"),
+        activation=("hidden_activation",),  # transformers reads no hidden_act here
         windows="layer_types",
     ),
 }  # fmt: skip
@@ -197,6 +198,8 @@ def _to_family(name: str, config: ModelConfig) -> dict[str, Any]:
         values["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
     if family.windows != "none":
         values["sliding_window"] = config.sliding_window
+    if name == "gemma2" and config.sliding_window is None:  # transformers needs a window even where no layer has one
+        values["sliding_window"] = config.max_seq_length
     if family.windows == "layer_types":
         local = config.sliding_window is not None
         kinds = [config.window_pattern[i % len(config.window_pattern)] for i in range(config.num_layers)]

@@ -20,7 +20,8 @@ Reference = Callable[[Params, PairBatch], Array]  # -> the reference policy's lo
 class DPOConfig:
     """How the two policies' log-probs become a loss.
 
-    loss: `sigmoid` (Rafailov et al. 2023) or `ipo` (Azar et al. 2023), a regression that does not saturate.
+    loss: `sigmoid` (Rafailov et al. 2023) or `ipo` (Azar et al. 2023), a regression that does not saturate. As in the papers,
+      the log-prob of a response is the sum over its tokens; where others average it for IPO (TRL), beta has another scale.
     beta: strength of the pull towards the reference; 1 / nats.
     label_smoothing: assumed share of pairs whose label is wrong (`sigmoid` only).
     reference_free: a uniform reference, whose log-ratio of any two responses is 0.

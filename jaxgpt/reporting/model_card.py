@@ -32,10 +32,14 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def model_card(name: str, manifest: dict[str, Any], config: dict[str, Any]) -> str:
-    """README.md of an artifact. name: its folder. manifest, config: as in its manifest.json and config.json."""
+    """README.md of an artifact. name: its folder. manifest, config: as in its manifest.json and config.json.
+
+    Of paths it has the last part alone, since it is made to be published.
+    """
+    name = name.rstrip("/").rsplit("/", 1)[-1]
     what = _WHAT.get(manifest["source_stage"], "A model")
     sections = [
-        f"# {name.rstrip('/').rsplit('/', 1)[-1]}",
+        f"# {name}",
         f"{what}: {summary(manifest)}.",
         _architecture(config["model"], manifest),
         _lineage(manifest["lineage"]),
@@ -69,8 +73,9 @@ def _lineage(lineage: list[dict[str, Any]]) -> str:
         metrics = entry.get("metrics", {})
         shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
         stage = entry.get("stage", "no longer on disk")
-        rows.append((stage, entry["role"], f"`{entry['path']}`", f"`{entry['digest'][:12]}`", shown))
-    header = ("stage", "role", "path", "manifest", "final metrics")
+        folder = entry["path"].rstrip("/").rsplit("/", 1)[-1]  # whole paths are of the machine it was made on
+        rows.append((stage, entry["role"], f"`{folder}`", f"`{entry['digest'][:12]}`", shown))
+    header = ("stage", "role", "folder", "manifest", "final metrics")
     return "## Lineage\n\nNearest first; digests are those of the manifests.\n\n" + _table(header, rows)
 
 
@@ -104,7 +109,7 @@ def _proof(proof: dict[str, Any]) -> str:
         lines.append(
             f", and the same greedy tokens; {proof['greedy_tokens_equal_to_source']:.1%} of them are those of the source"
         )
-    lines.append(f". Largest difference from the source's: {proof['max_logit_difference_from_source']:.3g}.")
+    lines.append(f". Largest difference of a logit from the source's: {proof['max_logit_difference_from_source']:.3g}.")
     return "## Proof\n\n" + "".join(lines)
 
 

@@ -65,7 +65,9 @@ def wandb(config: WandbConfig, workdir: str, run_config: dict) -> Callback:
     try:
         import wandb as client
     except ImportError as error:
-        raise ValueError("wandb.project is set but wandb is not installed: pip install -e '.[wandb]'.") from error
+        raise ValueError(
+            "wandb.project is set but wandb is not installed: pip install -e '.[wandb]' in the project's folder."
+        ) from error
     path = os.path.join(workdir, "wandb_id")
     if not os.path.isfile(path):
         write_atomic(path, f"{secrets.token_hex(8)}\n")

@@ -87,6 +87,23 @@ def test_layer_types_become_the_shortest_pattern():
     assert config_from_hf(qwen3 | {"layer_types": types}).window_pattern == ("local", "global")
 
 
+def test_gemma2_reads_its_own_name_of_the_activation_only():
+    """transformers' Gemma2Config has hidden_activation, gelu_pytorch_tanh where nothing is said, whatever hidden_act is."""
+    gemma2 = HUB["gemma2-27b"]
+    bare = {option: value for option, value in gemma2.items() if option not in ("hidden_act", "hidden_activation")}
+    read = lambda **options: config_from_hf(bare | options).activation
+    assert (read(), read(hidden_act="gelu"), read(hidden_activation="gelu")) == ("gelu_tanh", "gelu_tanh", "gelu_exact")
+
+
+def test_gemma2_without_windows_is_exported_with_one_that_no_layer_has():
+    """transformers builds the mask of a window for Gemma 2 whatever its layers are, and fails where there is no window."""
+    config = dataclasses.replace(config_from_hf(HUB["gemma2-27b"]), sliding_window=None, window_pattern=("local",))
+    values = config_to_hf(config)
+    assert (values["model_type"], values["sliding_window"]) == ("gemma2", config.max_seq_length)
+    assert set(values["layer_types"]) == {"full_attention"}
+    assert config_from_hf(values) == config
+
+
 def test_older_releases_of_qwen3_find_the_first_local_layer():
     config = config_from_hf(
         LLAMA | {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}

@@ -55,6 +55,7 @@ MODELS = {
     "mistral": {"sliding_window": 6, "num_kv_heads": 2, "tie_embeddings": False},
     "gemma": GEMMA | {"num_kv_heads": 1},
     "gemma2": GEMMA2,
+    "gemma2_without_windows": GEMMA2 | {"sliding_window": None, "window_pattern": ("local",)},
     "qwen3": QWEN3 | {"tie_embeddings": False},
     "qwen3_windows": QWEN3 | {
         "sliding_window": 6, "window_pattern": ("global", "local"), "qkv_bias": True,
