@@ -93,13 +93,18 @@ def _example(
             sft.loss_on == "all" and len(encoded.ids) > limit
         ):  # the prompt is trained on, but cannot stand for a response
             response = template.encode(tokenizer, record.content, loss_on="completion").trained
-    return fit(encoded, limit, sft.too_long, notes, response)
+    return fit(encoded, limit, sft.too_long, notes, response, tokenizer.bos_id)
 
 
 def fit(
-    encoded: Encoded, limit: int, too_long: TooLong, notes: collections.Counter, response: np.ndarray
+    encoded: Encoded,
+    limit: int,
+    too_long: TooLong,
+    notes: collections.Counter,
+    response: np.ndarray,
+    bos_id: int | None,
 ) -> Encoded | None:
-    """The conversation in at most `limit` tokens, BOS included, or None where it is dropped; counted in notes.
+    """The conversation in at most `limit` tokens, or None where it is dropped; counted in notes. BOS stays where it has one.
 
     response: bool [n], the tokens of which some must be left.
     """
@@ -109,12 +114,13 @@ def fit(
     if too_long == "drop":
         notes["dropped, too long"] += 1
         return None
-    rest = slice(len(ids) - limit + 1, None) if too_long == "truncate_left" else slice(1, limit)
+    kept = int(ids[0] == bos_id)
+    rest = slice(len(ids) - limit + kept, None) if too_long == "truncate_left" else slice(kept, limit)
     if not response[rest].any():
         notes["dropped, no response left"] += 1
         return None
     notes["truncated"] += 1
-    return Encoded(*(np.concatenate([a[:1], a[rest]]) for a in (ids, trained)))
+    return Encoded(*(np.concatenate([a[:kept], a[rest]]) for a in (ids, trained)))
 
 
 class Located(NamedTuple):

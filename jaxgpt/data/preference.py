@@ -264,7 +264,7 @@ def _fit_all(
         with chat.located(f"{record.path}, line {record.line}"):
             encoded = template.encode_scored(tokenizer, messages)
         counted: collections.Counter = collections.Counter()
-        fitted = fit(encoded, config.sequence_length, too_long, counted, encoded.trained)
+        fitted = fit(encoded, config.sequence_length, too_long, counted, encoded.trained, tokenizer.bos_id)
         note = next(iter(counted), note)
         if fitted is None:
             return [], note

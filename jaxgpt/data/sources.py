@@ -116,8 +116,19 @@ def _read_jsonl(path: str) -> Iterator[Record]:
             raise ValueError(f"{path}: damaged gzip data after line {line} ({error}).") from error
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON may write one; most lines have none
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def _parse(raw: bytes, path: str, line: int) -> Record:
-    return Record(parse_object(raw, f"{path}, line {line}"), path, line)
+    fields = parse_object(raw, f"{path}, line {line}")
+    for key, value in fields.items() if _SURROGATE.search(raw) else ():
+        if half := _HALF.search(json.dumps([key, value], ensure_ascii=False)):
+            raise ValueError(
+                f"{path}, line {line}: the field {ascii(key)} has half a surrogate pair ({ascii(half.group())}), which is no "
+                "character."
+            )
+    return Record(fields, path, line)
 
 
 def _read_parquet(path: str) -> Iterator[Record]:

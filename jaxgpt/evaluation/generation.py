@@ -52,7 +52,7 @@ def generate_answers(
     records = generate_texts(
         model.config, model.params, model.tokenizer, [""] * len(encoded), sampler=sampler, max_new=max_new, seed=seed,
         batch_size=batch_size, eos_ids=tuple(dict.fromkeys(ends)), mesh=mesh,
-        encoded=[prompts.shorten(ids, limit) for ids in encoded],
+        encoded=[prompts.shorten(ids, limit, model.tokenizer.bos_id) for ids in encoded],
     )  # fmt: skip
     texts = [_cut(record["response"], stop) for record in records]
     return Answers(texts, [r["num_tokens"] for r in records], sum(len(ids) > limit for ids in encoded))

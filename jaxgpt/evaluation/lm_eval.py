@@ -69,7 +69,7 @@ class JaxgptLM(LM):
             turns, model = self._turns(context)
             prompt_ids, ids = prompts.encode_answer(model, turns, continuation, "lm-eval", as_is=True)
             prompt_ids = prompt_ids if len(prompt_ids) else encode_after_start(model.tokenizer, "")
-            sequences.append(prompts.shorten(np.concatenate([prompt_ids, ids]), limit))
+            sequences.append(prompts.shorten(np.concatenate([prompt_ids, ids]), limit, model.tokenizer.bos_id))
             lengths.append(min(len(ids), limit - 1))
         scores = token_scores(self.model, sequences, mesh=self.mesh, batch_size=self.batch_size)
         return [

@@ -61,7 +61,7 @@ def evaluate_multiple_choice(
                 f"model.max_seq_length={model.config.max_seq_length}."
             )
         truncated += any(len(a) + len(b) > limit for a, b in pairs)
-        sequences += [prompts.shorten(np.concatenate(pair), limit) for pair in pairs]
+        sequences += [prompts.shorten(np.concatenate(pair), limit, model.tokenizer.bos_id) for pair in pairs]
         lengths += [len(choice_ids) for _, choice_ids in pairs]
     scores = token_scores(model, sequences, mesh=mesh, batch_size=batch_size)
     totals = [float(s.logprobs[-n:].sum(dtype=np.float64)) for s, n in zip(scores, lengths, strict=True)]

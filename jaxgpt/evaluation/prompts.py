@@ -110,10 +110,8 @@ def encode_prompt(model: LoadedModel, turns: Sequence[Message], where: str) -> n
     """Ids (i32, BOS first) of what the model is to answer; ValueError naming file and line."""
     if model.template is None:
         return model.tokenizer.encode(_bare_text(turns, where), add_bos=True)
-    try:
+    with chat.located(where):
         return model.template.encode_prompt(model.tokenizer, turns)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def encode_answer(
@@ -121,8 +119,8 @@ def encode_answer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the prompt (BOS first) and of the answer after it, without what would end it, i32.
 
-    They are tokenized apart, so that the prompt's are the same for all answers; white space between them is the answer's.
-    as_is: no space is put before the answer where there is no template.
+    The answer's are what follows the prompt's in the whole text, white space between them included, as the harness of
+    EleutherAI splits it. as_is: no space is put before the answer where there is no template.
 
     Raises:
       ValueError: naming file and line, where nothing is left of the answer.
@@ -131,17 +129,19 @@ def encode_answer(
     if model.template is None:
         text = _bare_text(turns, where)
         context = text.rstrip()
-        prompt_ids = tokenizer.encode(context, add_bos=True)
-        answer_ids = tokenizer.encode((text + answer if as_is else join(text, answer))[len(context) :])
+        whole = text + answer if as_is else join(text, answer)
+        prompt_ids, ids = (tokenizer.encode(said, add_bos=True) for said in (context, whole))
+        if len(whole) > len(
+            context
+        ):  # at least one token is the answer's, where it makes one with the end of the prompt
+            prompt_ids = prompt_ids[: max(len(ids) - 1, 0)]
+        answer_ids = ids[len(prompt_ids) :]
     else:
-        prompt_ids = encode_prompt(model, turns, where)
-        try:
+        with chat.located(where):
             ids, is_answer = model.template.encode(
                 tokenizer, [*turns, Message("assistant", answer)], loss_on="completion"
             )
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        answer_ids = ids[is_answer]
+        prompt_ids, answer_ids = ids[: np.argmax(is_answer)], ids[is_answer]
         said = np.flatnonzero(tokenizer.token_bytes_V[answer_ids])
         answer_ids = answer_ids[: said[-1] + 1 if len(said) else 0]
     if not len(answer_ids):
@@ -160,6 +160,9 @@ def _bare_text(turns: Sequence[Message], where: str) -> str:
     return text
 
 
-def shorten(ids: np.ndarray, limit: int) -> np.ndarray:
-    """The first of too many ids (BOS) and the last limit - 1: what is nearest to the end counts most."""
-    return ids if len(ids) <= limit else np.concatenate([ids[:1], ids[len(ids) - limit + 1 :]])
+def shorten(ids: np.ndarray, limit: int, bos_id: int | None) -> np.ndarray:
+    """The last of too many ids, since what is nearest to the end counts most, after BOS where they begin with it."""
+    if len(ids) <= limit:
+        return ids
+    kept = int(ids[0] == bos_id)
+    return np.concatenate([ids[:kept], ids[len(ids) - limit + kept :]])

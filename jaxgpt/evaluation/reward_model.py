@@ -57,7 +57,8 @@ class RewardModel:
         for prompt, response, place in zip(prompts, responses, where, strict=True):
             with located(place):
                 encoded = self.template.encode_scored(tokenizer, [*prompt, Message("assistant", response)])
-            fitted = conversations.fit(encoded, limit, "truncate_left", Counter(), np.ones(len(encoded.ids), bool))
+            everything = np.ones(len(encoded.ids), bool)
+            fitted = conversations.fit(encoded, limit, "truncate_left", Counter(), everything, tokenizer.bos_id)
             sequences.append((fitted or encoded).ids)
         return scoring.score_sequences(self.scorer, sequences, batch_size, tokenizer.pad_id)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import numerics, partition, tree
-from jaxgpt.data import conversations, pipeline
+from jaxgpt.data import chat, conversations, pipeline
 from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.config import DataConfig, HoldoutConfig
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
@@ -312,6 +312,19 @@ def test_a_row_takes_one_token_more_than_its_length_and_what_is_longer_is_cut_or
     assert source.notes == notes
     for row in range(len(plan := make_plan(source, "best_fit", 8, PAD))):
         assert plan[row]["weights_BT"].sum() == sum(examples(source)[row][1])
+
+
+def test_what_is_cut_at_its_start_keeps_no_first_token_but_bos():
+    pytest.importorskip("tokenizers")
+    from tests.data.foreign import foreign
+
+    tok, notes = foreign("qwen"), collections.Counter()
+    messages = [chat.Message("user", "the quick brown fox"), chat.Message("assistant", "the lazy dog")]
+    encoded = ChatTemplate.from_config("chatml").encode(tok, messages, loss_on="completion")
+    cut = conversations.fit(encoded, 9, "truncate_left", notes, encoded.trained, tok.bos_id)
+    assert cut.ids.tolist() == encoded.ids[-9:].tolist()
+    assert cut.trained.tolist() == encoded.trained[-9:].tolist()
+    assert notes == {"truncated": 1}
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion", "all"])

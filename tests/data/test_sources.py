@@ -128,3 +128,20 @@ def test_held_out_documents_are_the_stated_share_and_the_same_in_any_order():
     assert abs(len(held_out) - 400) < 5 * np.sqrt(4000 * 0.1 * 0.9)
     assert {d for d in reversed(documents) if sources.is_held_out(d, 0.1)} == held_out
     assert {d for d in documents if sources.is_held_out(d, 0.05)} < held_out
+
+
+@pytest.mark.parametrize(
+    ("half", "is_wrong"), [("\\ud83d", True), ("\\uDE00 \\uD83D", True), ("\\ud83d\\ude00", False)]
+)
+@pytest.mark.parametrize("where", ['"text": "a{}"', '"text": "a", "of": [{{"more{}": 1}}]'])
+def test_half_a_surrogate_pair_is_named_with_file_and_line(tmp_path, half, is_wrong, where):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{' + where.format(half) + "}\n")
+    read = lambda: list(sources.read_texts(str(path), fields={}, text_separator=None))
+    if is_wrong:
+        with pytest.raises(
+            ValueError, match=r"a.jsonl, line 2: the field '(text|of)' has half a surrogate pair \('.u.{4}'\)"
+        ):
+            read()
+    else:
+        assert len(read()) == 2

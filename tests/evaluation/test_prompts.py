@@ -9,6 +9,7 @@ from jaxgpt.data.chat import Message
 from jaxgpt.evaluation import prompts
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.generation import read_answer
+from jaxgpt.train.load import LoadedModel
 
 FIELD = "tasks.x"
 RECORDS = [{"prompt": f"Question {i}?", "answer": f"answer{i}"} for i in range(12)]
@@ -88,6 +89,42 @@ def test_system_messages_stay_in_front(write):
 
 
 def test_what_is_cut_of_a_long_prompt_is_its_beginning():
-    assert prompts.shorten(range(5), 5) == range(5)
-    assert prompts.shorten(np.arange(9), 4).tolist() == [0, 6, 7, 8]
-    assert prompts.shorten(np.arange(9), 1).tolist() == [0]
+    assert prompts.shorten(range(5), 5, 0) == range(5)
+    assert prompts.shorten(np.arange(9), 4, 0).tolist() == [0, 6, 7, 8]
+    assert prompts.shorten(np.arange(9), 1, 0).tolist() == [0]
+    assert prompts.shorten(np.arange(9), 4, None).tolist() == [5, 6, 7, 8]  # without BOS the first is as good as any
+    assert prompts.shorten(np.arange(9), 4, 7).tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral", "gemma", "qwen"])
+@pytest.mark.parametrize("as_is", [False, True])
+def test_the_tokens_of_an_answer_are_those_that_follow_the_prompt_in_the_whole_text(kind, as_is):
+    """As lm-eval's _encode_pair splits them: a space at the prompt's end goes to the answer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tests.data.foreign import foreign
+
+    tokenizer = foreign(kind)
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.source)
+    model = LoadedModel(None, None, tokenizer, None)
+    for prompt, answer in [
+        ("the sky is", "blue"),
+        ("why ", "yes"),
+        ("[INST]", "the fox"),
+        ("the", "\nlazy"),
+        ("a", "b"),
+    ]:
+        whole = prompt + answer if as_is or prompt.endswith(" ") or answer[0] == "\n" else f"{prompt} {answer}"
+        context, everything = (theirs.encode(text).ids for text in (prompt.rstrip(), whole))
+        prompt_ids, answer_ids = prompts.encode_answer(model, [Message("user", prompt)], answer, "here", as_is=as_is)
+        assert (prompt_ids.tolist(), answer_ids.tolist()) == (context, everything[len(context) :])
+
+
+def test_an_answer_that_makes_one_token_with_the_prompt_has_that_token():
+    pytest.importorskip("tokenizers")
+    from tests.data.foreign import foreign
+
+    tokenizer = foreign("qwen")
+    (whole,) = tokenizer.encode("he")
+    model = LoadedModel(None, None, tokenizer, None)
+    prompt_ids, answer_ids = prompts.encode_answer(model, [Message("user", "h")], "e", "here", as_is=True)
+    assert (prompt_ids.tolist(), answer_ids.tolist()) == ([], [whole])
