@@ -80,6 +80,10 @@ class Message(NamedTuple):
     content: str
 
 
+class UntrainedMessage(Message):
+    """An assistant's turn that is there to be read, not to be learnt: OpenAI's "weight": 0."""
+
+
 class Encoded(NamedTuple):
     """ids: i32 [n], the first is BOS where there is one. trained: bool [n], whether the token at i is a target to learn (not
     shifted).
@@ -165,7 +169,7 @@ class ChatTemplate:
           tokenizer: its special_ids (and aliases for other models' markers) become single tokens; texts never do.
           messages: the last one is the assistant's.
           loss_on: "assistant": every assistant turn with its end marker. "completion": the last one, whatever the template
-            makes of those before it. "all": every token but BOS.
+            makes of those before it. "all": every token but BOS. Nothing of an UntrainedMessage is.
 
         Raises:
           ValueError: if the last message is not the assistant's, the template fails, leaves out a response, or does not
@@ -176,10 +180,14 @@ class ChatTemplate:
         if not messages or messages[-1].role != "assistant":
             raise ValueError("A conversation to train on must end with an assistant message.")
         is_each = loss_on == "assistant" or not _turn_end(self, tokenizer).is_written
+        is_each |= loss_on == "all" and any(isinstance(message, UntrainedMessage) for message in messages)
         ids, turns = self._tokenize(tokenizer, self._spans(tokenizer, messages, is_each))
         if loss_on == "all":
-            return Encoded(ids, ids != tokenizer.bos_id)
-        return Encoded(ids, turns == turns.max() if loss_on == "completion" else turns > 0)
+            return Encoded(ids, (ids != tokenizer.bos_id) & (turns >= 0))
+        trained = turns == np.abs(turns).max() if loss_on == "completion" else turns > 0
+        if not trained.any():
+            raise ValueError(f'Every assistant message that sft.loss_on={loss_on} trains on has "weight": 0.')
+        return Encoded(ids, trained)
 
     def encode_scored(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         """`encode` with loss_on="completion", up to the first of `stop_ids` in the last turn, at which a reward is read.
@@ -187,7 +195,8 @@ class ChatTemplate:
         A response that a model writes ends there, too, whatever the template writes after it. One that is cut off before
         (by a limit of its length) has no such token: its reward is read at its last token.
         """
-        ids, trained = self.encode(tokenizer, messages, loss_on="completion")
+        last = [Message(*message) for message in messages[-1:]]  # a reward has it, whatever its weight
+        ids, trained = self.encode(tokenizer, [*messages[:-1], *last], loss_on="completion")
         end = np.flatnonzero(trained & np.isin(ids, self.stop_ids(tokenizer)))[0] + 1
         return Encoded(ids[:end], trained[:end])
 
@@ -236,7 +245,9 @@ class ChatTemplate:
     def _tokenize(
         self, tokenizer: Tokenizer, spans: Sequence["_Span"], has_bos: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """ids: i32 [n]. turns: i32 [n], k on the trained tokens of the k-th span that is a response, 0 elsewhere."""
+        """ids: i32 [n]. turns: i32 [n], k on what is to be learnt of the k-th span that is a response, -k where it is not to
+        be, 0 elsewhere.
+        """
         known = self._markers(tokenizer)
         parts: list[str | int] = []
         turn_of: list[int] = []
@@ -255,10 +266,10 @@ class ChatTemplate:
                     )
                 is_trained = span.is_response and (place < len(found) - 1 or not has_end)
                 parts.append(known.ids[text] if place % 2 else markers.unescape(text))
-                turn_of.append(turn if is_trained else 0)
+                turn_of.append(turn * span.sign if is_trained else 0)
             if span.is_response and not has_end:
                 parts.append(tokenizer.eos_id)
-                turn_of.append(turn)
+                turn_of.append(turn * span.sign)
         if has_bos and self._begins_with_bos(tokenizer) and parts[:1] != [tokenizer.bos_id]:
             parts, turn_of = [tokenizer.bos_id or 0, *parts], [0, *turn_of]
         ids = tokenizer.encode_parts(parts)
@@ -283,7 +294,8 @@ class ChatTemplate:
             span, text = longer[len(text) :], longer
             if is_response and messages[stop - 1].content.strip() and not known.either.sub("", span).strip():
                 raise ValueError(f"Chat template {self.name} leaves out the content of assistant message {stop}.")
-            spans += [_Span(span, True)] if is_response else self._cut(span, tokenizer)
+            sign = -1 if isinstance(messages[stop - 1], UntrainedMessage) else 1
+            spans += [_Span(span, True, sign)] if is_response else self._cut(span, tokenizer)
         return spans
 
     def _cut(self, text: str, tokenizer: Tokenizer) -> list["_Span"]:
@@ -296,10 +308,11 @@ class ChatTemplate:
 
 
 class _Span(NamedTuple):
-    """A part of a rendered conversation."""
+    """A part of a rendered conversation. sign: -1 for a response that is not to be learnt."""
 
     text: str
     is_response: bool
+    sign: int = 1
 
 
 class _TurnEnd(NamedTuple):
@@ -388,11 +401,14 @@ FIELDS = ("prompt", "response", "completion", "messages")  # the standard names 
 def conversation(record: Record, fields: Mapping[str, str]) -> list[Message]:
     """The conversation of a record: its "messages", or its "prompt" and "response" (or "completion").
 
-    A prompt, or a response, is a text or itself a list of messages. `fields` maps these names to those of the file.
+    A prompt, or a response, is a text or itself a list of messages: {"role", "content"}, an assistant's also with OpenAI's
+    "weight", 0 or 1. `fields` maps these names to those of the file.
 
     Raises:
-      ValueError: naming file and line, for a missing field, a wrong type, an unknown role, an empty prompt, or a
-        conversation that does not end with an assistant's answer to a user or a tool.
+      ValueError: naming file and line, for a missing field, a wrong type, an unknown role, an empty prompt, a
+        conversation that does not end with an assistant's answer to a user or a tool, or anything else that a message
+        has (calls of tools, a name, reasoning) or that stands beside a list of messages ("tools"): templates are not
+        given it here, so that the model would be trained on another conversation than this one.
     """
     if sources.present_field(record, ("messages", "prompt", "response", "completion"), fields) == "messages":
         messages = _messages(record, "messages", fields)
@@ -443,6 +459,9 @@ def _messages(record: Record, name: str, fields: Mapping[str, str], role: str | 
         raise _error(record, f"the field {key!r} must be a text or a list of messages, not {type(value).__name__}")
     if not value:
         raise _error(record, f"the field {key!r} is an empty list")
+    for name in ("tools", "functions"):
+        if record.fields.get(name):
+            raise _error(record, f"the field {name!r} is not supported: chat templates are given no tools here")
     return [_message(record, f"{key}[{i}]", item) for i, item in enumerate(value)]
 
 
@@ -463,4 +482,14 @@ def _message(record: Record, where: str, item: Any) -> Message:
         item["content"].encode()
     except UnicodeEncodeError as error:
         raise _error(record, f"{where} has half a surrogate pair at character {error.start}") from error
-    return Message(item["role"], item["content"])
+    others = [key for key, value in item.items() if key not in (*Message._fields, "weight") and value is not None]
+    if others:
+        raise _error(
+            record, f"{where}.{others[0]} is not supported: of a message only role, content and weight are used"
+        )
+    weight = item.get("weight")
+    if weight is not None and item["role"] != "assistant":
+        raise _error(record, f"{where}.weight is for messages of the assistant, not of role {item['role']!r}")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise _error(record, f"{where}.weight must be 0 or 1, not {json.dumps(weight)}")
+    return (UntrainedMessage if weight == 0 else Message)(item["role"], item["content"])

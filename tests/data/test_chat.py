@@ -415,6 +415,69 @@ def test_a_wrong_record_is_named(fields, message):
         chat.conversation(record(**fields), {})
 
 
+def weighted(*weights):
+    """TALK with weights of its assistant turns."""
+    messages, left = dicts(*TALK), list(weights)
+    return chat.conversation(
+        record(messages=[m | ({"weight": left.pop(0)} if m["role"] == "assistant" else {}) for m in messages]), {}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_turn_of_weight_0_is_not_trained_on(name):
+    tok, template = tokenizer("bpe"), named(name)
+    first = MASKED[name].replace("«", "", 1).replace("»", "", 1)
+    assert show(tok, template.encode(tok, weighted(0, 1), loss_on="assistant")) == first
+    assert show(tok, template.encode(tok, weighted(1, None), loss_on="assistant")) == MASKED[name]
+    both = [template.encode(tok, weighted(*weights), loss_on="all") for weights in ((1, 1), (0, 1), (0, 0))]
+    expected = template.encode(tok, TALK, loss_on="assistant").trained
+    assert [(one.ids == both[0].ids).all() for one in both] == [True] * 3
+    assert (both[0].trained & ~both[2].trained).tolist() == expected.tolist()
+    assert 0 < (both[0].trained & ~both[1].trained).sum() < expected.sum()
+    for weights, loss_on in (((0, 0), "assistant"), ((1, 0), "completion")):
+        with pytest.raises(
+            ValueError, match=rf'Every assistant message that sft.loss_on={loss_on} trains on has "weight"'
+        ):
+            template.encode(tok, weighted(*weights), loss_on=loss_on)
+    scored = template.encode_scored(tok, weighted(0, 0))
+    np.testing.assert_array_equal(scored.ids, template.encode_scored(tok, TALK).ids)
+
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("more", "beside", "message"),
+    [
+        (
+            {"tool_calls": CALL},
+            {},
+            r"messages\[1\]\.tool_calls is not supported: of a message only role, content and weight",
+        ),
+        ({"reasoning_content": "hm"}, {}, r"messages\[1\]\.reasoning_content is not supported"),
+        ({"name": "Ann"}, {}, r"messages\[1\]\.name is not supported"),
+        ({"weight": 0.5}, {}, r"messages\[1\]\.weight must be 0 or 1, not 0\.5"),
+        ({"weight": True}, {}, r"messages\[1\]\.weight must be 0 or 1, not true"),
+        ({"weight": "0"}, {}, r"messages\[1\]\.weight must be 0 or 1, not \"0\""),
+        ({}, {"tools": CALL}, "the field 'tools' is not supported"),
+        ({}, {"functions": CALL}, "the field 'functions' is not supported"),
+    ],
+)
+def test_what_a_template_would_not_be_given_is_refused_by_name(more, beside, message):
+    messages = dicts(*PAIR)
+    messages[1] |= more
+    with pytest.raises(ValueError, match=rf"^a\.jsonl, line 7: {message}"):
+        chat.conversation(record(messages=messages, **beside), {})
+    messages[1] = messages[1] | dict.fromkeys(more)  # as parquet has what only other rows have
+    assert chat.conversation(record(messages=messages, **dict.fromkeys(beside)), {}) == PAIR
+
+
+def test_a_weight_is_for_the_assistant():
+    messages = [{"role": "user", "content": "p", "weight": 0}, *dicts(PAIR[1])]
+    with pytest.raises(ValueError, match=r"messages\[0\]\.weight is for messages of the assistant, not of role 'user'"):
+        chat.conversation(record(messages=messages), {})
+
+
 def test_empty_responses_are_left_to_the_caller():
     assert chat.has_empty_response(chat.conversation(record(prompt="p", response=" \n"), {}))
     assert chat.has_empty_response([PAIR[0], Message("assistant", ""), *PAIR])
