@@ -11,18 +11,15 @@ import functools
 import hashlib
 import json
 import os
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 
-from jaxgpt.data import markers, sources
+from jaxgpt.data import markers, sources, template_sandbox, template_worker
 from jaxgpt.data.markers import Markers
 from jaxgpt.data.sources import Record
+from jaxgpt.data.template_sandbox import TemplateError
 from jaxgpt.data.tokenizer import OUR_NAMES, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -94,7 +91,8 @@ class Encoded(NamedTuple):
 
 
 class ChatTemplate:
-    """A Jinja chat template in the Hugging Face convention, rendered in a sandbox.
+    """A Jinja chat template in the Hugging Face convention, rendered in a sandbox; in a process of its own, with limits of
+    time and memory, where it is none of CHAT_TEMPLATES.
 
     It sees `messages` (role, content), `add_generation_prompt`, `raise_exception()`, `bos_token`, `eos_token` and
     `pad_token` (the tokenizer's own names of them, undefined where it has none), and None for `tools` and `documents`; no
@@ -107,10 +105,8 @@ class ChatTemplate:
     def __init__(self, source: str, name: str):
         self.source, self.name = source, name
         self.digest = hashlib.sha256(source.encode()).hexdigest()
-        try:
-            self._template = _environment().from_string(markers.double(source))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"Chat template {name}, line {error.lineno}: {error.message}") from error
+        self._escaped = markers.double(source)
+        self._compute(None)
 
     def __reduce__(self):
         return ChatTemplate, (self.source, self.name)
@@ -232,14 +228,19 @@ class ChatTemplate:
         return markers.markers_of(tokenizer, has_known=self.is_ours or markers.is_ours(tokenizer))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, names: Mapping[str, str | None]) -> str:
+        return self._compute({
+            "messages": [message._asdict() for message in messages], "add_generation_prompt": add_generation_prompt,
+            "tools": None, "documents": None, **{name: token for name, token in names.items() if token is not None},
+        })  # fmt: skip
+
+    def _compute(self, values: dict[str, Any] | None) -> str:
+        """The text for these values; of none the template is only compiled."""
         try:
-            return self._template.render(
-                messages=[message._asdict() for message in messages], add_generation_prompt=add_generation_prompt,
-                tools=None, documents=None, **{name: token for name, token in names.items() if token is not None},
-            )  # fmt: skip
-        except Exception as error:  # the template is a program of the user's: whatever it raises is a message to them
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<template>"]
-            where = f", line {lines[-1]}" if lines else ""
+            if not self.is_ours:
+                return template_worker.render(self._escaped, values)
+            return "" if values is None else template_sandbox.render(self._escaped, values)
+        except TemplateError as error:
+            where = f", line {error.line}" if error.line else ""
             raise ValueError(f"Chat template {self.name}{where}: {markers.unescape(str(error))}") from error
 
     def _tokenize(
@@ -369,30 +370,6 @@ def _divergence(text: str, longer: str, stop: int, is_response: bool) -> str:
         f"the text of earlier messages changes when message {stop} follows (from {found[0]} to {found[1]}), so a turn "
         "that is trained on would not be what the model is to write; sft.loss_on=completion trains on the last turn alone."
     )
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, with which some templates enclose what the assistant says: no effect."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    # Jinja's own would write <, > and everything beyond ASCII as \u escapes.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 FIELDS = ("prompt", "response", "completion", "messages")  # the standard names of the records below

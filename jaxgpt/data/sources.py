@@ -4,6 +4,7 @@ import difflib
 import glob
 import gzip
 import hashlib
+import json
 import os
 import re
 import string
