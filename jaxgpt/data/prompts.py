@@ -23,8 +23,8 @@ from jaxgpt.data.tokenizer import Tokenizer
 class PromptSet:
     """The prompts of some files that fit, in the order of the files; entry i of each tuple belongs to prompt i.
 
-    ids: i32 [n], BOS first, at most max_prompt_length. texts: the record's prompt, or where that is a list of messages
-      the text that the template makes of them.
+    ids: i32 [n], BOS first where there is one, at most max_prompt_length. texts: the record's prompt, or where that is a
+      list of messages the text that the template makes of them.
     records: all fields of each record, as a reward function sees them. where: "path, line n" of each, for messages.
     fingerprint: digest (hex) of ids and records in their order; where files lie does not matter.
     template_digest: None where prompts were encoded without a template.

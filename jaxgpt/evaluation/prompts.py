@@ -107,7 +107,7 @@ def join(prompt: str, answer: str) -> str:
 
 
 def encode_prompt(model: LoadedModel, turns: Sequence[Message], where: str) -> np.ndarray:
-    """Ids (i32, BOS first) of what the model is to answer; ValueError naming file and line."""
+    """Ids (i32) of what the model is to answer; ValueError naming file and line."""
     if model.template is None:
         return model.tokenizer.encode(_bare_text(turns, where), add_bos=True)
     with chat.located(where):
@@ -117,7 +117,7 @@ def encode_prompt(model: LoadedModel, turns: Sequence[Message], where: str) -> n
 def encode_answer(
     model: LoadedModel, turns: Sequence[Message], answer: str, where: str, *, as_is: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the prompt (BOS first) and of the answer after it, without what would end it, i32.
+    """Ids of the prompt and of the answer after it, without what would end it, i32.
 
     The answer's are what follows the prompt's in the whole text, white space between them included, as the harness of
     EleutherAI splits it. as_is: no space is put before the answer where there is no template.
