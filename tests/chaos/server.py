@@ -247,6 +247,8 @@ def main(number: int, clients: int) -> int:
         process.kill()
         process.wait()
         reading.join()
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
     if errors[0].strip():
         run.violations.append(f"{len(errors[0])} characters on stderr: {errors[0][:1500]}")
     statuses = sorted({status for _, status in run.counts})
