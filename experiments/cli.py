@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from absl import app, flags, logging
 
-from experiments import errors
+from experiments import errors, signals
 from experiments.config_file import read_config, resolved
 from jaxgpt import config as config_lib
 from jaxgpt import partition
@@ -17,6 +17,9 @@ T = TypeVar("T")
 _CONFIG = flags.DEFINE_string("config", None, "Config file, with a preset after a colon: configs/pretrain.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; the same command again resumes.")
 _PRINT = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and exit.")
+_PREEMPTED_EXIT_CODE = flags.DEFINE_integer(
+    "preempted_exit_code", signals.PREEMPTED, "Exit code after SIGTERM, once everything is saved."
+)
 flags.DEFINE_string(
     "config.FIELD", None, "Override one field of the config, e.g. --config.optimizer.learning_rate=1e-3."
 )
@@ -29,7 +32,7 @@ def run(
 
     A user's mistake, or what the environment does not give (disk, permission, memory), is one sentence on stderr and exit
     code 2; see errors.py. Several processes (launch.local, a TPU pod) are joined before main. A run that diverged
-    (FloatingPointError) ends with its sentence and exit code 1.
+    (FloatingPointError) ends with its sentence and exit code 1, and one that a signal stopped as signals.py says.
     """
     overrides: list[tuple[str, str]] = []
 
@@ -65,7 +68,8 @@ def run(
                 raise
             _fail(said)
 
-    app.run(start, flags_parser=parse_flags)
+    with signals.one_sentence(lambda: _PREEMPTED_EXIT_CODE.value):
+        app.run(start, flags_parser=parse_flags)
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

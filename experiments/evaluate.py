@@ -13,13 +13,13 @@ import os
 import jax
 
 from experiments import cli
+from experiments.training import renew_report, try_report
 from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.evaluation import results
 from jaxgpt.evaluation.config import EvaluateConfig
 from jaxgpt.evaluation.run import Evaluation, read_digests, read_parents
 from jaxgpt.json_object import to_json
-from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
 
 FREE_FIELDS = ("mesh", "batch_size")  # they change no result
@@ -34,6 +34,7 @@ def main(config: EvaluateConfig, workdir: str) -> None:
         done = workdirs.read_manifest(workdir)
         if done is not None:
             print(f"{workdir} is finished: {_summary(done['final_metrics'])}.")
+            renew_report(workdir)
             return
         inputs = {"parents": read_parents(config), "data": read_digests(config)}
         mesh = partition.make_mesh(config.mesh)
@@ -94,7 +95,8 @@ def finish(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inputs:
         final_metrics=results.final_metrics(found), intervals=results.intervals(found),
     )  # fmt: skip
     workdirs.write_manifest(workdir, manifest)
-    print(f"\n{results.table(found)}\n\nReport: {write_report(workdir)}")
+    print(f"\n{results.table(found)}\n")
+    try_report(workdir)
 
 
 def _summary(metrics: dict[str, float]) -> str:

@@ -72,11 +72,13 @@ def run_all(
     num_processes: int,
     environment: Mapping[str, str],
     on_finish: Callable[[str], None],
-) -> bool:
-    """Do runs, parents first, at most num_processes at a time; False where SIGTERM or SIGINT ended it before its end.
+) -> None:
+    """Do runs, parents first, at most num_processes at a time.
 
     A run that fails leaves its exit code, and those that are built on it are not done. environment: of each process, with
     "{worker}" replaced by its number. on_finish hears of each run's folder.
+
+    Raises workdir.Stopped when all have saved, where SIGTERM or SIGINT ended it before its end.
     """
     waiting, lost = dict(runs), set()
     jobs: dict[int, Job] = {}
@@ -114,7 +116,8 @@ def run_all(
                 with job.held:
                     job.child.terminate()
                     job.child.wait()
-        return not stop.should_stop(0)
+    if stop.should_stop(0):
+        raise stop.stopped("before all trials were finished")
 
 
 def _start(root: str, run: Run, environment: Mapping[str, str]) -> Job | None:

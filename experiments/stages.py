@@ -7,7 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from experiments.signals import INTERRUPTED, PREEMPTED
 from jaxgpt.pipeline.graph import StageConfig
+from jaxgpt.train.workdir import Stopped
 
 # Linux ends the child with its parent; the child asks for it, since a fork by a process with jax's threads is not safe.
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
@@ -31,12 +33,30 @@ def start_stage(
 
 
 def wait(child: subprocess.Popen) -> int:
-    """The exit code of a process, which hears of SIGTERM."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    """The exit code of a process, which is asked to save and end by a SIGTERM or SIGINT to this one.
+
+    Raises workdir.Stopped when it has, after a signal to either of the two.
+    """
+    heard: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+        child.terminate()  # not SIGINT: a terminal has sent that to both, and a second one would not let it save
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if not heard and code in (PREEMPTED, INTERRUPTED):
+        heard.append(signal.SIGTERM if code == PREEMPTED else signal.SIGINT)
+    if heard:
+        what = "Preempted" if heard[0] == signal.SIGTERM else "Interrupted"
+        raise Stopped(heard[0], f"{what}; the same command resumes.")
+    return code
 
 
 def fail(sentence: str, code: int) -> NoReturn:

@@ -1,7 +1,10 @@
 """The course of every training command: lock, data, run, manifest, report."""
 
+import contextlib
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,6 +20,7 @@ from jaxgpt.generate.text import generate_texts
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.reporting.report import write_report
 from jaxgpt.train import workdir as workdirs
+from jaxgpt.train.callbacks import Callback
 from jaxgpt.train.checkpoint import checkpoint_digest, stored_sources
 from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
 from jaxgpt.train.run import Program, Stage, run, run_program
@@ -87,6 +91,7 @@ def train_in(
         done = workdirs.read_manifest(workdir)
         if done and (config.num_epochs or done["step"] >= config.num_train_steps):
             print(f"{workdir} is finished: step {done['step']}, {workdirs.summary(done['final_metrics'])}.")
+            renew_report(workdir)
             return
         cache_dir = config.data.cache_dir or os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
         job = prepare(mesh, cache_dir)
@@ -112,23 +117,65 @@ def train_in(
             if job.template is not None:
                 job.template.save(workdir)
         go = run_program if isinstance(job.stage, Program) else run
-        _, step = go(config, workdir, mesh, dataclasses.replace(job.stage, sources=sources))
-        if step < config.num_train_steps:
-            print(f"Preempted at step {step} of {config.num_train_steps}; the same command resumes.", flush=True)
-            return
+        try:
+            go(config, workdir, mesh, dataclasses.replace(job.stage, sources=sources), reports(workdir))
+        except (FloatingPointError, workdirs.Stopped):
+            if is_main:
+                try_report(workdir)  # of how far it came
+            raise
         if is_main:
-            final = workdirs.without_times(workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1])
-            manifest = workdirs.base_manifest(
-                stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
-                chat_template_digest=job.template.digest if job.template is not None else None,
-                special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
-                data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
-                step=step, reference_lines=job.reference_lines,
-                checkpoint={"step": step, "digest": checkpoint_digest(os.path.join(workdir, "checkpoints"), step)},
-                **job.finish(),
-            )  # fmt: skip
-            workdirs.write_manifest(workdir, manifest)
-            print(f"Finished at step {step}: {workdirs.summary(final)}. Report: {write_report(workdir)}")
+            print(f"Finished at step {config.num_train_steps}: {finish(workdir, name, resolved, job)}.", flush=True)
+            try_report(workdir)
+
+
+def finish(workdir: str, name: str, resolved: dict, job: Job) -> str:
+    """Write the manifest of a run that has done its last step; returns its last metrics in a line."""
+    step = resolved["num_train_steps"]
+    final = workdirs.without_times(workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1])
+    manifest = workdirs.base_manifest(
+        stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
+        chat_template_digest=job.template.digest if job.template is not None else None,
+        special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
+        data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
+        step=step, reference_lines=job.reference_lines,
+        checkpoint={"step": step, "digest": checkpoint_digest(os.path.join(workdir, "checkpoints"), step)},
+        **job.finish(),
+    )  # fmt: skip
+    workdirs.write_manifest(workdir, manifest)
+    return workdirs.summary(final)
+
+
+def try_report(workdir: str) -> None:
+    """Write the report and say where it is, or why it could not be written: what it is about is safe either way."""
+    try:
+        print(f"Report: {write_report(workdir)}", flush=True)
+    except Exception as error:
+        print(f"The report of {workdir} could not be written ({error}); the rest is complete.", file=sys.stderr)
+
+
+def renew_report(workdir: str) -> None:
+    """Write the report of a finished run where a kill has left none, or an older one."""
+    report, manifest = (os.path.join(workdir, name) for name in ("report.html", "manifest.json"))
+    if jax.process_index() == 0 and not (
+        os.path.exists(report) and os.path.getmtime(report) >= os.path.getmtime(manifest)
+    ):
+        try_report(workdir)
+
+
+def reports(workdir: str) -> tuple[Callback, ...]:
+    """What writes the report anew after an evaluation, as long as that takes a twentieth of the time at most."""
+    next_time = 0.0
+
+    def on_log(step: int, row: dict[str, float]) -> None:
+        nonlocal next_time
+        began = time.monotonic()
+        if began < next_time or not any(name.startswith("eval") for name in row):
+            return
+        with contextlib.suppress(Exception):  # the one at the end says what is wrong
+            write_report(workdir)
+        next_time = time.monotonic() + 19 * (time.monotonic() - began)
+
+    return (Callback(on_log=on_log),)
 
 
 def _length(config: RunConfig, rows: int) -> str:

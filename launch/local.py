@@ -3,7 +3,8 @@
     python -m launch.local --num_processes=2 [--devices_per_process=4] [--dry_run] -- python -m experiments.pretrain ...
 
 Each process's lines are printed behind [its number]. When one ends badly the others are ended too, and the last line
-says which it was and how; run the same command again to resume.
+says which it was and how; run the same command again to resume. One that saved after SIGTERM or Ctrl-C ends with its exit
+code, 42 or 130.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 
+PREEMPTED, INTERRUPTED = 42, 130  # the exit codes of commands that a signal stopped, and that have saved
 GRACE_SECONDS = 15.0  # for survivors to notice, save and end by themselves
 
 
@@ -32,8 +34,19 @@ def main(arguments: list[str]) -> int:
         subprocess.Popen(command, env=os.environ | added, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for added in environments
     ]
+    heard: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if number in heard and number == signal.SIGINT:
+            for process in processes:
+                process.kill()
+        heard.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()  # not SIGINT: a terminal has sent that to all, and a second one would not let them save
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: [p.send_signal(n) for p in processes if p.poll() is None])
+        signal.signal(number, pass_on)
     printers = [threading.Thread(target=forward, args=(i, p)) for i, p in enumerate(processes)]
     for printer in printers:
         printer.start()
@@ -43,6 +56,8 @@ def main(arguments: list[str]) -> int:
     if first is None:
         return 0
     code = processes[first].returncode
+    if code in (PREEMPTED, INTERRUPTED):
+        return INTERRUPTED if signal.SIGINT in heard else code
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"error: process {first} of {len(processes)} {how} first; the job is over.", file=sys.stderr)
     return 128 - code if code < 0 else code

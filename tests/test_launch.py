@@ -46,16 +46,23 @@ def test_the_first_bad_end_ends_the_job_and_is_named(end, code, how):
     assert f"process 1 of 2 {how} first" in done.stderr
 
 
-def test_sigterm_reaches_every_process():
-    script = "import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('ready')\ntime.sleep(600)"
-    job = subprocess.Popen(
-        [sys.executable, "-m", "launch.local", "--", sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+@pytest.mark.parametrize(("number", "code", "expected"), [
+    (signal.SIGTERM, 0, 0), (signal.SIGTERM, 42, 42), (signal.SIGINT, 42, 130), (signal.SIGINT, 130, 130)
+])  # fmt: skip
+def test_a_signal_reaches_every_process_and_their_exit_code_is_the_jobs(number, code, expected):
+    script = (
+        f"import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit({code}))\nprint('ready')\ntime.sleep(600)"
     )
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", "--", sys.executable, "-c", script], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert job.stdout is not None
     assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
-    job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=300)  # less than a process sleeps: it was the signal that ended them
-    assert job.returncode == 0
+    job.send_signal(number)
+    _, err = job.communicate(timeout=300)  # less than a process sleeps: it was the signal that ended them
+    assert job.returncode == expected
+    assert err == "", "a job that has saved is no failure"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--num_processes=0", "--", "true"], ["--processes=2", "--", "true"]])

@@ -76,7 +76,7 @@ def plot_curves(rows: Sequence[Mapping[str, float]], folder: str, reference_line
         if sum(drawn) > 1:
             axes.legend(frameon=False)
         path = os.path.join(folder, f"{curve.name}.png")
-        FigureCanvasAgg(figure).print_png(path)
+        save(figure, path)
         paths.append(path)
     return paths + plot_overoptimization(rows, folder)
 
@@ -102,8 +102,15 @@ def plot_overoptimization(rows: Sequence[Mapping[str, float]], folder: str) -> l
     axes.set_xlabel("sqrt of the KL to the reference (nats^0.5); numbers are steps")
     axes.grid(alpha=0.25)
     path = os.path.join(folder, "overoptimization.png")
-    FigureCanvasAgg(figure).print_png(path)
+    save(figure, path)
     return [path]
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write a figure as PNG; a reader sees the old file or the new one whole."""
+    temporary = f"{path}.tmp"
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)
 
 
 COLORS = {"eval": "C1", "eval_ema": "C2"}  # of what is not training

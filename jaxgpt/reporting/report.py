@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
-from jaxgpt.train.workdir import read_json, read_metrics, read_rows
+from jaxgpt.train.workdir import read_json, read_metrics, read_rows, write_atomic
 
 MAX_TASK_SAMPLES = 20  # an evaluation has one for every record
 
@@ -50,8 +50,7 @@ def write_report(workdir: str) -> str:
         _details("Provenance", {k: v for k, v in manifest.items() if k not in ("config", "final_metrics")}),
     ]
     path = os.path.join(workdir, "report.html")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page(title, parts))
+    write_atomic(path, page(title, parts))
     return path
 
 

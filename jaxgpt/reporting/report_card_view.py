@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from jaxgpt.reporting.plots import save
 
 MAX_PLOTTED_SOURCES = 12
 
@@ -72,7 +73,7 @@ def plot_report_card(card: dict[str, Any], folder: str) -> list[str]:
         axes.title.set_fontsize(10)
         axes.legend(frameon=False, fontsize=8)
     path = os.path.join(folder, "report_card.png")
-    FigureCanvasAgg(figure).print_png(path)
+    save(figure, path)
     return [path]
 
 

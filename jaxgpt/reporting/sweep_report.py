@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from jaxgpt.reporting.plots import save
 from jaxgpt.reporting.report import image, page
 
 Rows = Sequence[
@@ -80,7 +80,7 @@ def plot_sweep(rows: Rows, fields: Mapping[str, bool], metric: str, mode: str, f
             _label(axes, "x", field, fields[field])
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "sweep.png")
-    FigureCanvasAgg(figure).print_png(path)
+    save(figure, path)
     return [path]
 
 

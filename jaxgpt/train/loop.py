@@ -130,6 +130,8 @@ def train(
         for callback in callbacks:
             callback.on_log(step, {"step": step, **row})
 
+    if stop.should_stop(step):  # while it was being prepared
+        return state, step
     if config.eval_at_start:
         log(evaluate(state, step))
     while step < config.num_train_steps:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -75,8 +75,10 @@ class Program:
     metric_group: str = "train"
 
 
-def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[TrainState, int]:
-    """Train the stage in `workdir`, from its newest good checkpoint if there is one; returns the state and its step."""
+def run(
+    config: RunConfig, workdir: str, mesh: Mesh, stage: Stage, watchers: Sequence[callbacks.Callback] = ()
+) -> TrainState:
+    """Train the stage in `workdir`, from its newest good checkpoint if there is one; see `run_program`."""
     optimizer = make_optimizer(config.optimizer, config.num_train_steps)
     rng = jax.random.key(config.seed)
     abstract, abstract_frozen = abstract_state(stage.init_fn, optimizer, rng, mesh, DEFAULT_RULES, stage.trainable)
@@ -104,11 +106,18 @@ def run(config: RunConfig, workdir: str, mesh: Mesh, stage: Stage) -> tuple[Trai
         on_start=stage.on_start,
         metric_group=stage.metric_group,
     )  # fmt: skip
-    return run_program(config, workdir, mesh, program)
+    return run_program(config, workdir, mesh, program, watchers)
 
 
-def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -> tuple[Any, int]:
-    """Checkpoints, logs and callbacks around the loop; returns the state and the step reached."""
+def run_program(
+    config: RunConfig, workdir: str, mesh: Mesh, program: Program, watchers: Sequence[callbacks.Callback] = ()
+) -> Any:
+    """Checkpoints, logs and callbacks around the loop; returns the state after the last step.
+
+    watchers: callbacks of the caller's, beside those that the config names.
+
+    Raises workdir.Stopped, with everything saved, where a signal ended it before.
+    """
     is_main = jax.process_index() == 0
     with Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint) as checkpointer, StopSignal() as stop:
         restored = checkpointer.restore(program.abstract)
@@ -122,9 +131,9 @@ def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -
             metrics_log.truncate_after(last_logged)
             print(f"{_describe(state, frozen, mesh)}; training from step {start}.", flush=True)
         program.on_start(last_logged)
-        watchers = _callbacks(config, workdir, start) if is_main else []
+        watchers = [*watchers, *_callbacks(config, workdir, start)] if is_main else []
         try:
-            return train(
+            state, step = train(
                 _loop_config(config, program, start),
                 state=state,
                 frozen=frozen,
@@ -142,6 +151,9 @@ def run_program(config: RunConfig, workdir: str, mesh: Mesh, program: Program) -
         finally:
             for watcher in watchers:
                 watcher.close()
+    if step < config.num_train_steps:
+        raise stop.stopped(f"at step {step} of {config.num_train_steps}")
+    return state
 
 
 def _describe(state: Any, frozen: Params, mesh: Mesh) -> str:

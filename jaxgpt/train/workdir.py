@@ -87,7 +87,7 @@ def _clear(folder: str) -> None:
 def write_atomic(path: str, text: str) -> None:
     """Replace the file at once and durably: a reader, or a restart after a kill, sees the old or the new text whole."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -267,6 +267,18 @@ class JsonLog:
 _JAX_LOOKS_FOR_SIGTERM_SECONDS = 1.0  # how often jax's listener (xla's preemption notifier) looks for one
 
 
+class Stopped(BaseException):
+    """A run was asked to end before its end, and has saved what it has.
+
+    No Exception, as KeyboardInterrupt is none: what catches errors of a user's function must not catch it. number: of the
+    signal.
+    """
+
+    def __init__(self, number: int, sentence: str):
+        super().__init__(sentence)
+        self.number = number
+
+
 class StopSignal:
     """Whether the run was asked to end: SIGTERM or SIGINT here, or a preemption notice to any process of the job.
 
@@ -275,12 +287,15 @@ class StopSignal:
 
     def __init__(self):
         self._event = threading.Event()
+        self._number = signal.SIGTERM
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        # A job of several processes agrees on a step through jax's own handler, which a handler of ours would replace.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            # A job of several processes agrees on a step through jax's own handler of SIGTERM, which one of ours would
+            # replace; to it an interrupt is passed on.
+            numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -298,7 +313,16 @@ class StopSignal:
     def _handle(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self._event.is_set():
             raise KeyboardInterrupt
+        if not self._event.is_set():
+            self._number = signal.Signals(number)
         self._event.set()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped(self, where: str) -> Stopped:
+        """The exception that ends the run; where: what it had reached, e.g. "at step 3 of 10"."""
+        what = "Interrupted" if self._number == signal.SIGINT else "Preempted"
+        return Stopped(self._number, f"{what} {where}; the same command resumes.")
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and leave after `step`; all processes of a job get the same answer."""

@@ -31,7 +31,9 @@ def test_two_processes_equal_one_with_as_many_devices_also_after_preemption(argu
     wait_for_step(tmp_path / "two", 6, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    assert process.returncode == 42, output
+    assert "Preempted at step" in output
+    assert "error" not in output
 
     done = subprocess.run(job(tmp_path / "two", arguments), cwd=ROOT, env=environment(), text=True, timeout=600,
                           capture_output=True, check=False)  # fmt: skip

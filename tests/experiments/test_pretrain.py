@@ -17,6 +17,24 @@ from jaxgpt.train.load import load_model
 from jaxgpt.train.workdir import CLOCK_METRICS
 from tests.experiments.conftest import ROOT, command, environment
 
+# A command that gets a signal when it has logged step 6: it saves after step 7.
+SIGNALLED = """
+import os, runpy, sys
+from jaxgpt.train.workdir import JsonLog
+
+_, number, stage = sys.argv[:3]
+append = JsonLog.append
+
+def append_and_signal(log, at, *rows):
+    append(log, at, *rows)
+    if at == 6 and log._path.endswith("metrics.jsonl"):
+        os.kill(os.getpid(), int(number))
+
+JsonLog.append = append_and_signal
+sys.argv = sys.argv[2:]
+runpy.run_module(f"experiments.{stage}", run_name="__main__", alter_sys=True)
+"""
+
 
 def rows(workdir) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
@@ -88,16 +106,25 @@ def test_killed_and_restarted_equals_undisturbed_bit_for_bit(finished, arguments
     assert parameters(tmp_path) == parameters(finished[0])
 
 
-def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(finished, arguments, tmp_path):
-    process = start(tmp_path, arguments)
-    wait_for_step(tmp_path, 2, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    if "Preempted at step" in output:  # else the signal came after the last step
-        assert not (tmp_path / "manifest.json").exists()
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 42, "Preempted"), (signal.SIGINT, 130, "Interrupted")]
+)
+def test_a_signal_saves_is_told_from_a_finish_and_the_rest_is_the_same(
+    finished, arguments, tmp_path, number, code, word
+):
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(number), "pretrain", f"--workdir={tmp_path}", *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"{word} at step 7 of 12; the same command resumes.")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "manifest.json").exists()
+    assert (tmp_path / "checkpoints/digests/7.json").exists()
+    assert "unfinished at step 6 of 12" in (tmp_path / "report.html").read_text()
     done = command("pretrain", f"--workdir={tmp_path}", *arguments)
     assert done.returncode == 0, done.stderr
+    assert "training from step 7" in done.stdout
     assert rows(tmp_path) == rows(finished[0])
     assert parameters(tmp_path) == parameters(finished[0])
 

@@ -92,6 +92,11 @@ def test_a_stop_saves_where_it_stops():
     assert [s[0] for s in saves] == [3, 5]
 
 
+def test_a_stop_before_the_first_step_does_nothing():
+    assert run(stop_at=0) == ((0, 0), [], {})
+    assert run(stop_at=6, start=6) == ((6, 6), [], {})
+
+
 def test_the_first_bad_batch_stops_the_run_before_its_checkpoint():
     with pytest.raises(FloatingPointError, match="not finite at step 6"):
         run(bad={5})

@@ -139,3 +139,12 @@ def test_a_row_damaged_in_the_middle_is_named_and_stays(tmp_path, row):
     with pytest.raises(ValueError, match=rf"{path}, line 2: "):
         JsonLog(str(path))
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(("first", "word"), [(signal.SIGTERM, "Preempted"), (signal.SIGINT, "Interrupted")])
+def test_the_first_signal_says_how_a_run_was_stopped(first, word):
+    with StopSignal() as stop:
+        signal.raise_signal(first)
+        signal.raise_signal(signal.SIGTERM)
+    stopped = stop.stopped("at step 3 of 9")
+    assert (str(stopped), stopped.number) == (f"{word} at step 3 of 9; the same command resumes.", first)
