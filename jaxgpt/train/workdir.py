@@ -56,32 +56,71 @@ def lock(workdir: str, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
+_INSIDE = ".partial"
+_MOVING = ".moving"  # in it, the names of what is being moved out
+
+
 @contextlib.contextmanager
 def new_folder(workdir: str) -> Iterator[str]:
-    """WORKDIR.partial to write to, which becomes `workdir` at the end; where anything fails there is neither.
+    """A folder to write to, whose content is that of `workdir` at the end; where anything fails there is neither.
+
+    It is WORKDIR.partial, which becomes `workdir` at once; or WORKDIR/.partial where `workdir` is there already, empty,
+    since nothing can be renamed over a mount point. What is in that is moved up at the end, manifest.json last.
 
     Raises ValueError where `workdir` is there and not an empty folder, or another run is writing it.
     """
-    if os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
-        raise ValueError(f"--workdir={workdir} is not empty, and not what this command makes; use another folder.")
     workdir = os.path.abspath(workdir)
-    partial = f"{workdir}.partial"
+    is_there = os.path.lexists(workdir)
+    partial = os.path.join(workdir, _INSIDE) if is_there else f"{workdir}.partial"
+    if is_there:
+        left = [] if not os.path.isdir(partial) else [_INSIDE, *_being_moved(partial)]  # by a run that was killed
+        if not os.path.isdir(workdir) or set(os.listdir(workdir)) - set(left):
+            raise ValueError(f"--workdir={workdir} is not empty, and not what this command makes; use another folder.")
     with lock(partial):
         try:
+            for name in _being_moved(partial):
+                _remove(os.path.join(workdir, name))
             _clear(partial)
             yield partial
-            os.remove(os.path.join(partial, ".lock"))
-            os.replace(partial, workdir)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        _move_to(workdir, partial)
+
+
+def _move_to(workdir: str, partial: str) -> None:
+    """Give the finished content of a folder its place: by one rename, or where that cannot be, one name after the other."""
+    os.remove(os.path.join(partial, ".lock"))
+    if not os.path.exists(workdir):
+        with contextlib.suppress(OSError):  # EXDEV, EBUSY: then as below
+            os.replace(partial, workdir)
+            return
+    names = sorted(os.listdir(partial), key=lambda name: name == "manifest.json")
+    write_atomic(os.path.join(partial, _MOVING), json.dumps(names))
+    os.makedirs(workdir, exist_ok=True)
+    for name in names:
+        shutil.move(os.path.join(partial, name), os.path.join(workdir, name))
+    shutil.rmtree(partial)
+
+
+def _being_moved(partial: str) -> list[str]:
+    """What a run that was killed may have moved up already, without its manifest."""
+    names = read_json(os.path.join(partial, _MOVING)) if os.path.isdir(partial) else None
+    return list(names or ())
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 def _clear(folder: str) -> None:
     """Remove what a killed run left; its lock is held."""
     for entry in os.scandir(folder):
         if entry.name != ".lock":
-            shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
+            _remove(entry.path)
 
 
 def write_atomic(path: str, text: str) -> None:

@@ -1,8 +1,11 @@
 """The files of a workdir, and what a kill may do to them."""
 
+import errno
 import json
 import math
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,3 +151,95 @@ def test_the_first_signal_says_how_a_run_was_stopped(first, word):
         signal.raise_signal(signal.SIGTERM)
     stopped = stop.stopped("at step 3 of 9")
     assert (str(stopped), stopped.number) == (f"{word} at step 3 of 9; the same command resumes.", first)
+
+
+def publish(workdir, fail=None) -> None:
+    """What finalize, import and export do: write, the manifest last."""
+    with workdirs.new_folder(str(workdir)) as folder:
+        os.makedirs(os.path.join(folder, "sub"))
+        for name in ("weights", "sub/more", "manifest.json"):
+            pathlib.Path(folder, name).write_text(name)
+        if fail is not None:
+            raise fail
+
+
+def is_published(workdir) -> bool:
+    """Whether all is there, and nothing else, beside it neither."""
+    found = sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file())
+    return found == ["manifest.json", "sub/more", "weights"] and list(workdir.parent.iterdir()) == [workdir]
+
+
+def test_a_folder_is_published_where_there_is_none_or_an_empty_one(tmp_path):
+    publish(tmp_path / "new/run")
+    assert is_published(tmp_path / "new/run")
+    (tmp_path / "old/run").mkdir(parents=True)
+    publish(tmp_path / "old/run")
+    assert is_published(tmp_path / "old/run")
+    with pytest.raises(ValueError, match="is not empty"):
+        publish(tmp_path / "old/run")
+    assert is_published(tmp_path / "old/run")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_fails_while_it_is_written_leaves_nothing(tmp_path, is_there):
+    if is_there:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "run", KeyboardInterrupt())
+    assert [str(path) for path in tmp_path.rglob("*")] == ([str(tmp_path / "run")] if is_there else [])
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EPERM])
+def test_what_cannot_be_renamed_is_moved_and_never_deleted(tmp_path, monkeypatch, number):
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.isdir(source):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, refuse)
+    publish(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    publish(tmp_path / "old")
+    monkeypatch.undo()
+    for name in ("new", "old"):
+        (tmp_path / f"of_{name}").mkdir()
+        shutil.move(tmp_path / name, tmp_path / f"of_{name}/run")
+        assert is_published(tmp_path / f"of_{name}/run")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_kill_while_it_is_moved_is_no_artifact_and_the_same_command_makes_it(tmp_path, monkeypatch, count):
+    (tmp_path / "run").mkdir()
+    move, moved = shutil.move, []
+
+    def die(source, target):
+        if len(moved) == count:
+            raise KeyboardInterrupt  # after which nothing is cleaned: the content was complete
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(workdirs.shutil, "move", die)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "run")
+    monkeypatch.undo()
+    assert workdirs.read_manifest(str(tmp_path / "run")) is None
+    publish(tmp_path / "run")
+    assert is_published(tmp_path / "run")
+
+
+def test_a_mount_point_is_published_to(tmp_path):
+    mount = tmp_path / "only/run"
+    mount.mkdir(parents=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        publish(mount)
+        assert is_published(mount)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
