@@ -75,7 +75,7 @@ def wandb(config: WandbConfig, workdir: str, run_config: dict) -> Callback:
         run_id = file.read().strip()
     run = client.init(
         project=config.project,
-        name=config.name or os.path.basename(os.path.abspath(workdir)),
+        name=config.name or "/".join(os.path.abspath(workdir).split(os.sep)[-2:]),
         id=run_id,
         resume="allow",
         dir=workdir,

@@ -59,7 +59,7 @@ class SamplesConfig:
 class WandbConfig:
     """Logging to Weights & Biases (extra `wandb`); an empty project switches it off.
 
-    name: of the run; empty is the name of its workdir. group, tags: by which runs are found together.
+    name: of the run; empty is the last two parts of its workdir's path. group, tags: by which runs are found together.
     mode: empty is what WANDB_MODE or wandb's own settings say.
     """
 

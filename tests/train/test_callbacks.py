@@ -29,7 +29,7 @@ def test_two_workdirs_of_one_name_are_two_runs_and_a_resumed_one_goes_on(tmp_pat
         start(tmp_path / folder)
     first, second, again = (run["id"] for run in runs)
     assert first == again != second
-    assert [run["name"] for run in runs] == ["sft"] * 3
+    assert [run["name"] for run in runs] == ["a/sft", "b/sft", "a/sft"]
     (tmp_path / "a" / "sft").rename(tmp_path / "moved")
     start(tmp_path / "moved")
     assert runs[-1]["id"] == first
