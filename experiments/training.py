@@ -99,13 +99,14 @@ def train_in(
         stored = stored_sources(os.path.join(workdir, "checkpoints"))
         if stored is not None:
             workdirs.check_sources(workdir, stored, sources)
+        length = config.length(job.data.train_rows)
         config = dataclasses.replace(config, num_train_steps=config.num_steps(job.data.train_rows))
         resolved["num_train_steps"] = config.num_train_steps
         is_main = jax.process_index() == 0
         if is_main:
             for label, stats in job.data.stats.items():
                 print(f"{label}: " + ", ".join(f"{count:,} {what}" for what, count in stats.items()))
-            print(_length(config, job.data.train_rows))
+            print(f"{length}.")
             if done:  # it goes on: what starts from it must not take its newest checkpoint for the finished one
                 os.remove(os.path.join(workdir, "manifest.json"))
                 print(
@@ -176,16 +177,6 @@ def reports(workdir: str) -> tuple[Callback, ...]:
         next_time = time.monotonic() + 19 * (time.monotonic() - began)
 
     return (Callback(on_log=on_log),)
-
-
-def _length(config: RunConfig, rows: int) -> str:
-    """How long the run is, in steps and epochs."""
-    epochs = config.num_train_steps * config.batch_size / rows
-    decides = "num_epochs" if config.num_epochs else "num_train_steps"
-    return (
-        f"{config.num_train_steps:,} steps of {config.batch_size:,} rows, {epochs:.3g} epochs of {rows:,} rows, as "
-        f"{decides} says."
-    )
 
 
 def sample_writer(

@@ -262,7 +262,8 @@ def _follow(record: Record, path: str) -> Any:
 def read_texts(path: str, *, fields: Mapping[str, str], text_separator: str | None) -> Iterator[Document]:
     """The documents of a file: its "text" fields, or for .txt the whole file or its parts between text_separator.
 
-    Parts that are empty or white space are left out. Raises ValueError as `read_records`, and where nothing is left.
+    Parts that are empty or white space are left out. A line end in text_separator is one of Windows, too. Raises ValueError
+    as `read_records`, and where nothing is left.
     """
     count = 0
     if path.endswith(".txt"):
@@ -285,8 +286,9 @@ def _read_txt(path: str, separator: str | None) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not valid UTF-8 (byte {error.start} of the file).") from error
+    ends = re.escape(separator or "").replace(re.escape("\n"), "\r?\n")
     line = 1
-    for part in text.split(separator) if separator else [text]:
+    for part in re.split(ends, text) if separator else [text]:
         yield Document(part, path, line)
         line += part.count("\n") + (separator or "").count("\n")
 

@@ -76,8 +76,9 @@ class RunConfig:
 
     batch_size: global sequences (of preferences: prompts) per update, over all hosts and micro-batches.
     num_train_steps: updates; 0 where num_epochs decides them.
-    num_epochs: passes over the rows of all training sources; 0 where num_train_steps decides. One of the two on the command
-      line takes the place of the other in the config file.
+    num_epochs: passes over the rows of all training sources, rounded to whole batches, so that a few rows may be left out or
+      seen once more; 0 where num_train_steps decides. One of the two on the command line takes the place of the other in the
+      config file.
     eval_interval_steps: 0 evaluates at the end alone. eval_at_start: also before the first update.
     init_from: the workdir of the run whose parameters are the start.
     """
@@ -122,8 +123,21 @@ class RunConfig:
         return self.batch_size // self.gradient_accumulation_steps
 
     def num_steps(self, rows: int) -> int:
-        """Updates of the run, given the rows of one epoch."""
+        """Updates of the run, given the rows of one epoch: whole batches, at least one."""
         return max(1, round(self.num_epochs * rows / self.batch_size)) if self.num_epochs else self.num_train_steps
+
+    def length(self, rows: int) -> str:
+        """How long the run is, for people, and which rows a whole number of batches leaves out or repeats."""
+        steps = self.num_steps(rows)
+        count = f"{steps:,} step{'' if steps == 1 else 's'}"
+        if not self.num_epochs:
+            return f"{count} ({steps * self.batch_size / rows:.3g} epochs of {rows:,} rows)"
+        seen, wanted = steps * self.batch_size, round(self.num_epochs * rows)
+        epochs = f"{self.num_epochs:g} epoch{'' if self.num_epochs == 1 else 's'} of {rows:,} rows"
+        if seen == wanted:
+            return f"{count} ({epochs})"
+        rest = f"{abs(seen - wanted):,} {'are seen once more' if seen > wanted else 'are left out'}"
+        return f"{count} ({epochs}, of which whole batches of {self.batch_size:,} make {seen:,}: {rest})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,13 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_a_separator_of_lines_is_found_whatever_the_line_ends_are(tmp_path):
+    for end in ("\n", "\r\n"):
+        write(tmp_path / "a.txt", end.join(["one", "two", "", "three", ""]))
+        assert texts(tmp_path / "a.txt", "\n\n") == [(f"one{end}two", 1), (f"three{end}", 4)]
+        assert texts(tmp_path / "a.txt", "\n") == [("one", 1), ("two", 2), ("three", 4)]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet", ".array_record"])
 def test_every_format_gives_the_same_texts_and_lines(files, suffix):
     assert texts(files / f"a{suffix}") == [("one", 1), ("zwei\n", 2), ("três", 3)]
