@@ -6,8 +6,8 @@ import jax
 
 from jaxgpt.models.config import ModelConfig
 
-# Dense bf16 FLOP/s of one jax device; the first key contained in device_kind counts. Sources: cloud.google.com/tpu/docs (a
-# page for each TPU), the data sheets of NVIDIA (without sparsity: half of what they print in bold) and AMD (matrix, dense).
+# Dense bf16 FLOP/s of one jax device; the first key contained in device_kind counts. TPUs: cloud.google.com/tpu/docs.
+# GPUs: the vendors' figures without sparsity, as torchtitan's table has them (B300: that of an HGX board).
 PEAK_FLOPS = {
     "tpu7x": 1153.5e12,  # a TPU7x (Ironwood) chip has 2307e12 and two devices
     "v6 lite": 918e12,
@@ -35,10 +35,8 @@ PEAK_FLOPS = {
     "l40": 181e12,
     "l4": 121e12,
     "mi355x": 2516e12,
-    "mi350x": 2307e12,
     "mi325x": 1307e12,
     "mi300x": 1307e12,
-    "mi300a": 981e12,
     "mi250x": 191.5e12,  # a package has 383e12 and two devices
 }
 
@@ -48,7 +46,7 @@ class TrainingFlops(NamedTuple):
 
     causal: attention counts the keys that a query may see, which is what has to be computed (MaxText, FlashAttention).
     full: it counts all keys, as if nothing were masked (PaLM: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; nanoGPT,
-      torchtitan, NeMo).
+      torchtitan).
     """
 
     causal: float
