@@ -48,14 +48,16 @@ def main(config: BestOfNConfig, workdir: str) -> None:
         if workdirs.read_manifest(workdir):
             print(f"{workdir} is finished.")
             return
-        workdirs.write_config(workdir, resolved)
-        sample(config, workdir, start, reward, mesh)
+        sample(config, workdir, start, reward, mesh, resolved)
 
 
-def sample(config: BestOfNConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh) -> None:
-    """Write best.jsonl batch by batch, then what it shows."""
+def sample(
+    config: BestOfNConfig, workdir: str, start: Start, reward: RewardModel | None, mesh: Mesh, resolved: dict
+) -> None:
+    """Write config.json (`resolved`) and best.jsonl batch by batch, then what it shows."""
     prompts, _ = read_sides(config, start)
     check_records({**config.rewards, **config.gold}, prompts.records, prompts.where)
+    workdirs.write_config(workdir, resolved)
     path = os.path.join(workdir, "best.jsonl")
     done = workdirs.read_rows(path)
     parents = start.parents | ({"reward_model": reward.parent} if reward is not None else {})

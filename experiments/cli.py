@@ -63,7 +63,7 @@ def run(
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except Exception as error:
-            said = errors.sentence(error)
+            said = errors.sentence(error, _WORKDIR.value or "")
             if said is None:
                 raise
             _fail(said)

@@ -29,11 +29,14 @@ _HINTS = {
 _LESS_MEMORY = "a smaller batch_size, model or length needs less, as do more devices"
 
 
-def sentence(error: BaseException) -> str | None:
-    """The one line to show for an error of the user's or the environment's, None for a bug."""
+def sentence(error: BaseException, workdir: str = "") -> str | None:
+    """The one line to show for an error of the user's or the environment's, None for a bug.
+
+    workdir: what is named where a full or broken disk does not say which file it was.
+    """
     chain = _chain(error)
     for one in chain:  # what a library wrapped: a full disk under a checkpoint is not a bug of orbax
-        environment = _environment(one)
+        environment = _environment(one, workdir)
         if environment is not None:
             return environment
     if isinstance(error, UnicodeDecodeError):
@@ -66,15 +69,15 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _environment(error: BaseException) -> str | None:
+def _environment(error: BaseException, workdir: str) -> str | None:
     """The sentence for an error of a disk or of memory; None for any other."""
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_a_path(error.errno, error.strerror, error.filename, error.filename2)
+        return _of_a_path(error.errno, error.strerror, error.filename or workdir or None, error.filename2)
     text = str(error)
     wrapped = re.search(r"\[OS error (\d+)", text)  # tensorstore's
     if wrapped:
         path = re.search(r"[\"'](/[^\"']*)[\"']", text)
-        return _of_a_path(int(wrapped[1]), None, path[1] if path else None, None)
+        return _of_a_path(int(wrapped[1]), None, path[1] if path else workdir or None, None)
     if isinstance(error, MemoryError):
         return f"There is not enough memory{f' ({text.rstrip(chr(46))})' if text else ''}; {_LESS_MEMORY}."
     if "RESOURCE_EXHAUSTED" in text and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):

@@ -40,8 +40,6 @@ def main(config: EvaluateConfig, workdir: str) -> None:
         mesh = partition.make_mesh(config.mesh)
         partition.local_rows(mesh, config.batch_size)
         is_main = jax.process_index() == 0
-        if is_main:
-            workdirs.write_config(workdir, to_dict(config))
         cache_dir = os.path.join(os.path.dirname(os.path.abspath(workdir)), "token_cache")
         evaluation = Evaluation(config, mesh, cache_dir)
         found = run_tasks(config, workdir, evaluation, inputs, is_main)
@@ -61,6 +59,7 @@ def run_tasks(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inpu
         found[label] = results.to_json(str(task.kind), result)
         samples += [{"task": label, **row} for row in result.samples]
         if is_main:
+            workdirs.write_config(workdir, to_dict(config))  # not before: a task that cannot be done leaves nothing
             lines = (to_json(row, ensure_ascii=False) + "\n" for row in samples)
             workdirs.write_atomic(samples_file, "".join(lines))
             workdirs.write_atomic(results_file, to_json(inputs | {"tasks": found}, indent=2) + "\n")

@@ -66,6 +66,7 @@ def main(config: GenerateConfig, workdir: str) -> None:
     del workdir
     if not config.init_from:
         raise ValueError("init_from is required: --config.init_from=DIR, the workdir of a training run.")
+    check_output(config.output)
     prompts = read_prompts(config)
     mesh = partition.make_mesh(config.mesh)
     model = load_model(config.init_from, mesh)
@@ -87,9 +88,12 @@ def main(config: GenerateConfig, workdir: str) -> None:
     if jax.process_index() != 0:
         return
     if config.output:
-        os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
-        with open(config.output, "w", encoding="utf-8") as file:
-            file.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
+            with open(config.output, "w", encoding="utf-8") as file:
+                file.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, config.output) from error
         print(f"{len(records)} responses in {config.output}.")
         return
     for record in records:
@@ -97,6 +101,16 @@ def main(config: GenerateConfig, workdir: str) -> None:
         print(
             f"{record['prompt']}{between}{record['response']}\n[{record['num_tokens']} tokens, {record['stop_reason']}]\n"
         )
+
+
+def check_output(output: str) -> None:
+    """ValueError where no file of that name can be written, before a model is loaded for it."""
+    folder = os.path.dirname(os.path.abspath(output))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if output and (os.path.isdir(output) or not os.path.isdir(folder)):
+        what = f"{folder} is a file" if not os.path.isdir(folder) else "it is a folder"
+        raise ValueError(f"output={output!r} cannot be written: {what}.")
 
 
 def check_room(config: GenerateConfig, model: ModelConfig, encoded: Sequence[np.ndarray], mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow
 import pyarrow.parquet
 
+from jaxgpt.config import shown
 from jaxgpt.json_object import parse_object
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def resolve_paths(path: str | Iterable[str], field: str) -> list[str]:
     for pattern in patterns:
         files = matching_files(pattern, SUFFIXES)
         if not files:
-            raise ValueError(f"{field}: no file matches {pattern!r}{_nearest_file(pattern)}.")
+            raise ValueError(f"{field}: no file matches {shown(pattern)}{_nearest_file(pattern)}.")
         found.update(files)
     for file in sorted(found):
         if not file.endswith(SUFFIXES):
@@ -70,7 +71,7 @@ def matching_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 def _nearest_file(pattern: str) -> str:
     folder = os.path.dirname(pattern) or "."
     if not os.path.isdir(folder):
-        return f" (there is no folder {folder!r})"
+        return f" (there is no folder {shown(folder)})"
     names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES)]
     close = difflib.get_close_matches(os.path.basename(pattern), names, n=1, cutoff=0.4)
     return f"; the nearest is {os.path.join(folder, close[0])!r}" if close else ""

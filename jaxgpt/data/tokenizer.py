@@ -108,6 +108,8 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     with open(file, "rb") as handle:
         model = handle.read()
+    if not model:
+        raise ValueError(f"data.tokenizer: {file} is empty.")
     try:
         return SentencePieceTokenizer(model)
     except (RuntimeError, UnicodeDecodeError) as error:

@@ -52,7 +52,10 @@ class _Source:
 
     def __init__(self, folder: str):
         self.values = read_config(folder)
-        self.config = config_from_hf(self.values)
+        try:
+            self.config = config_from_hf(self.values)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         self._folder, self._stored = folder, open_weights(folder)
         self.is_untied = self.config.tie_embeddings and self.config.head == "lm" and not self._is_head_the_embedding()
         if self.is_untied:

@@ -52,6 +52,11 @@ class RLConfig(FinetuneConfig):
     require_report_card: bool = True
 
     @property
+    def batch_field(self) -> str:
+        """The field that says how many responses there are."""
+        return "rollout.batch_size"
+
+    @property
     def row_length(self) -> int:
         """Tokens of a prompt and its response, at most."""
         return self.rollout.max_prompt_length + self.rollout.max_new_tokens

@@ -113,6 +113,11 @@ class RunConfig:
             )
 
     @property
+    def batch_field(self) -> str:
+        """The field that says how many rows there are, for messages."""
+        return "batch_size"
+
+    @property
     def row_length(self) -> int:
         """Tokens of a row."""
         return self.data.sequence_length
@@ -173,7 +178,7 @@ def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     """
     copies = 1 if model.lora.rank else 2
     sizes = f"model.num_layers={model.num_layers}, model.embed_dim={model.embed_dim}"
-    rows = f"batch_size={config.batch_size} rows of {config.row_length} tokens"
+    rows = f"{config.batch_field}={config.batch_size} rows of {config.row_length} tokens"
     check_fits(
         {
             f"The parameters and gradients of a model with {sizes}": 4 * copies * num_parameters(model),

@@ -83,6 +83,11 @@ def read_run(workdir: str, field: str = "init_from") -> Run:
         )
     if is_artifact(workdir) and (manifest := read_manifest(workdir)) is not None:
         check_files(workdir, manifest, weights=False)
+    if not isinstance(values["model"], dict):
+        raise ValueError(
+            f"{field}: {os.path.join(workdir, 'config.json')} is damaged: its model is of type "
+            f"{type(values['model']).__name__}, not a section."
+        )
     run = Run(workdir, config_lib.build(ModelConfig, values["model"], "model"), values.get("init_from", ""), field)
     if is_artifact(workdir) or read_manifest(workdir) is not None:
         check_identity(workdir, run.manifest(), run.config, run.tokenizer, run.template)

@@ -33,14 +33,49 @@ class InUseError(ValueError):
 def lock(workdir: str, *, wait: bool = False) -> Iterator[None]:
     """Hold `workdir` (made if need be) for one run; if another run has it, wait or raise InUseError naming the holder.
 
-    The kernel's lock ends with the process, however it ends. Process 0 alone takes it in a multi-process job.
+    The kernel's lock ends with the process, however it ends. Process 0 alone takes it in a multi-process job. Folders that
+    were made for it are removed where an error leaves nothing in them.
     """
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise ValueError(f"--workdir={workdir} is a file, not a folder.")
+    _check_workdir(workdir)
+    made = _missing_folders(workdir)
     os.makedirs(workdir, exist_ok=True)
     if jax.process_index() != 0:
         yield
         return
+    try:
+        with _locked(workdir, wait=wait):
+            try:
+                yield
+            except Exception:
+                if made and os.path.isdir(workdir) and os.listdir(workdir) == [".lock"]:
+                    os.remove(os.path.join(workdir, ".lock"))
+                raise
+    except Exception:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else is using it
+                os.rmdir(folder)
+        raise
+
+
+def _check_workdir(workdir: str) -> None:
+    """ValueError where a folder can neither be there nor be made."""
+    if os.path.islink(workdir) and not os.path.exists(workdir):
+        raise ValueError(f"--workdir={workdir} is a symbolic link that leads to nothing, or in a circle.")
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ValueError(f"--workdir={workdir} is a file, not a folder.")
+
+
+def _missing_folders(folder: str) -> list[str]:
+    """Those of a folder and its parents that are not there, the innermost first."""
+    folder, missing = os.path.abspath(folder), []
+    while not os.path.exists(folder) and os.path.dirname(folder) != folder:
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+@contextlib.contextmanager
+def _locked(workdir: str, *, wait: bool) -> Iterator[None]:
     with open(os.path.join(workdir, ".lock"), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,6 +84,8 @@ def lock(workdir: str, *, wait: bool = False) -> Iterator[None]:
                 raise
             file.seek(0)
             raise InUseError(f"--workdir={workdir} is in use by another run ({file.read().strip()}).") from error
+        if not os.fstat(file.fileno()).st_nlink:  # the run that had it has failed, and has removed its folder
+            raise InUseError(f"--workdir={workdir} was in use by another run until now; try again.")
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -69,6 +106,7 @@ def new_folder(workdir: str) -> Iterator[str]:
 
     Raises ValueError where `workdir` is there and not an empty folder, or another run is writing it.
     """
+    _check_workdir(workdir)
     workdir = os.path.abspath(workdir)
     is_there = os.path.lexists(workdir)
     partial = os.path.join(workdir, _INSIDE) if is_there else f"{workdir}.partial"

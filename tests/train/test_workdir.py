@@ -38,6 +38,22 @@ def test_a_second_holder_is_refused_until_the_first_is_killed(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
+def test_a_mistake_leaves_no_folder_and_takes_none(tmp_path):
+    with pytest.raises(ValueError, match="a mistake"), workdirs.lock(str(tmp_path / "runs" / "a")):
+        raise ValueError("a mistake")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="a mistake"), workdirs.lock(str(tmp_path / "there")):
+        raise ValueError("a mistake")
+    assert (tmp_path / "there").is_dir()
+    with pytest.raises(ValueError, match="'late'"), workdirs.lock(str(tmp_path / "b")):
+        [(tmp_path / "b" / "config.json").write_text("{}"), int("late")]
+    assert (tmp_path / "b" / "config.json").exists()
+    os.symlink("nothing", tmp_path / "link")
+    with pytest.raises(ValueError, match="leads to nothing"), workdirs.lock(str(tmp_path / "link")):
+        pass
+
+
 def test_rows_after_the_restored_step_and_half_a_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = JsonLog(str(path))
