@@ -8,7 +8,7 @@ Presets:
                a field of a stage is overridden as --config.stages.sft.fields.optimizer.learning_rate=1e-3.
 
 Expectations are for what is broken, not for bad luck: the quickstart's held-out sets are small (61 prompts, 182 rankings), so
-bounds of intervals are compared, where a right program has four standard errors of room or more.
+bounds of intervals are compared, with room (tests/pipeline/test_expectations.py has the chances).
 
 Other pipelines: configs/arithmetic.py.
 """
