@@ -33,9 +33,8 @@ def manifest(workdir) -> dict:
 
 
 def digest(content: dict) -> str:
-    """The sha256 of a manifest without its entry `checkpoint`, spelled out."""
-    named = {name: value for name, value in content.items() if name != "checkpoint"}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    content = {name: value for name, value in content.items() if name != "checkpoint"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def state(workdir) -> dict[str, np.ndarray]:
