@@ -134,7 +134,7 @@ def _move_to(workdir: str, partial: str) -> None:
             os.replace(partial, workdir)
             return
     names = sorted(os.listdir(partial), key=lambda name: name == "manifest.json")
-    write_atomic(os.path.join(partial, _MOVING), json.dumps(names))
+    write_atomic(os.path.join(partial, _MOVING), json.dumps({"names": names}))
     os.makedirs(workdir, exist_ok=True)
     for name in names:
         shutil.move(os.path.join(partial, name), os.path.join(workdir, name))
@@ -143,8 +143,8 @@ def _move_to(workdir: str, partial: str) -> None:
 
 def _being_moved(partial: str) -> list[str]:
     """What a run that was killed may have moved up already, without its manifest."""
-    names = read_json(os.path.join(partial, _MOVING)) if os.path.isdir(partial) else None
-    return list(names or ())
+    moving = read_json(os.path.join(partial, _MOVING)) if os.path.isdir(partial) else None
+    return list(moving["names"]) if moving else []
 
 
 def _remove(path: str) -> None:

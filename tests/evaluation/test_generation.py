@@ -56,7 +56,7 @@ def test_mapped_answers_reach_the_verifiers(model, mesh, write):
     found = run(model, mesh, path, metrics=metrics, fields=fields)
     assert found.samples[0]["answer"] == "so it is #### 2"
     wrong = write("wrong", {"question": "1+1", "solution": "two"})
-    with pytest.raises(ValueError, match=r"wrong\.jsonl, line 1: ValueError.*no number|no number.*'two'"):
+    with pytest.raises(ValueError, match=r"wrong\.jsonl, line 1: .*'two' does not end in a plain number"):
         run(model, mesh, wrong, metrics=metrics, fields=fields)
 
 
