@@ -84,7 +84,12 @@ def test_fields_map_standard_names_to_those_of_the_file(tmp_path):
         ("a.array_record", b"garbage" * 20_000, r"a\.array_record is not a readable array_record"),
         ("a.jsonl", '{"text": ' + "[" * 100_000, r"a\.jsonl, line 1: not readable JSON \(it is nested too deeply\)"),
         ("a.jsonl", '{"text": "x"}\n{"n": ' + "9" * 5000 + "}\n", r"a\.jsonl, line 2: .*integer with too many digits"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 50)[:12] + b"\0" * 40, r"a\.jsonl\.gz: damaged gzip"),
+        pytest.param(
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 50)[:12] + b"\0" * 40,
+            r"a\.jsonl\.gz: damaged gzip",
+            id="a.jsonl.gz, overwritten",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence_with_its_place(tmp_path, name, content, message):
