@@ -55,7 +55,9 @@ def main(config: Config, workdir: str) -> None:
         workdirs.write_config(workdir, to_dict(config))
         tokenizer.save(workdir)
         metrics = {"eval/bytes_per_token": metric}
-        workdirs.JsonLog(os.path.join(workdir, "metrics.jsonl")).append(0, metrics)
+        log = workdirs.JsonLog(os.path.join(workdir, "metrics.jsonl"))
+        log.truncate_after(-1)  # of a run that was killed before its manifest
+        log.append(0, metrics)
         manifest = workdirs.base_manifest(
             stage="tokenizer", tokenizer_digest=tokenizer.digest, special_ids=tokenizer.special_ids,
             vocab_size=tokenizer.vocab_size, data_fingerprint=content_digest(paths), parents={}, final_metrics=metrics,
