@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -90,7 +91,21 @@ def _locked(workdir: str, *, wait: bool) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        _clear_temporary(workdir)
         yield
+
+
+# What a killed run may have been writing; the lock is held, so that nobody is writing it now.
+_TEMPORARY = (
+    *("*.json.tmp", "*.jsonl.tmp", "*.html.tmp", "*.model.tmp", "*.jinja.tmp", "wandb_id.tmp"),
+    *("plots/*.png.tmp", "checkpoints/digests/*.json.tmp"),
+)
+
+
+def _clear_temporary(workdir: str) -> None:
+    for pattern in _TEMPORARY:
+        for path in glob.glob(os.path.join(glob.escape(workdir), pattern)):
+            os.remove(path)
 
 
 _INSIDE = ".partial"

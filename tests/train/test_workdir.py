@@ -259,3 +259,20 @@ def test_a_mount_point_is_published_to(tmp_path):
         assert is_published(mount)
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
+    for folder in ("plots", "checkpoints/digests"):
+        (tmp_path / folder).mkdir(parents=True)
+    left = ["manifest.json.tmp", "metrics.jsonl.tmp", "report.html.tmp", "tokenizer.model.tmp", "chat_template.jinja.tmp",
+            "plots/loss.png.tmp", "checkpoints/digests/4.json.tmp"]  # fmt: skip
+    for name in (*left, "manifest.json", "mine.tmp", "plots/loss.png"):
+        (tmp_path / name).write_text("x")
+    with workdirs.lock(str(tmp_path)):
+        assert not [name for name in left if (tmp_path / name).exists()]
+        (tmp_path / "config.json.tmp").write_text("of this run")
+        with pytest.raises(workdirs.InUseError), workdirs.lock(str(tmp_path)):
+            pass
+        assert (tmp_path / "config.json.tmp").exists(), "another process may not remove what the holder writes"
+    for name in ("manifest.json", "mine.tmp", "plots/loss.png"):
+        assert (tmp_path / name).exists()
