@@ -128,6 +128,8 @@ def attempt(readers: Readers, name: str, file: str, kind: str, seed: str) -> Cas
             {k: v for k, v in some.items() if not k.endswith("/manifest.json")} for some in (found, expected)
         )
     changed = difference(expected, found)
+    if kind == "removed" and file.endswith(".jsonl") and f"{file} is missing" in done.err:  # what its removal asks for
+        changed = [line for line in changed if line.split()[0] != os.path.join("run", file)]
     return Case(readers.subject, what, "; ".join(["exit code 0", *changed]) if changed else "ok")
 
 

@@ -258,6 +258,10 @@ def digest(path: str) -> str:
     if os.path.basename(path) == "metrics.jsonl":
         rows = [json.loads(line) for line in content.splitlines()]
         content = json.dumps([{k: v for k, v in row.items() if k not in _CLOCK} for row in rows]).encode()
+    elif os.path.basename(path) == "manifest.json":
+        manifest = json.loads(content)
+        manifest.pop("checkpoint", None)  # the sha256 of files that orbax writes names and times of its own into
+        content = json.dumps(manifest, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 
