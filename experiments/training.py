@@ -130,9 +130,19 @@ def train_in(
 
 
 def finish(workdir: str, name: str, resolved: dict, job: Job) -> str:
-    """Write the manifest of a run that has done its last step; returns its last metrics in a line."""
+    """Write the manifest of a run that has done its last step; returns its last metrics in a line.
+
+    Raises ValueError where they are lost: the run was killed just before, and somebody has removed metrics.jsonl.
+    """
     step = resolved["num_train_steps"]
-    final = workdirs.without_times(workdirs.read_rows(os.path.join(workdir, "metrics.jsonl"))[-1])
+    log = os.path.join(workdir, "metrics.jsonl")
+    rows = workdirs.read_steps(log)
+    if not rows or rows[-1]["step"] != step:
+        raise ValueError(
+            f"{log} lacks the row of step {step}, the last one, which the manifest needs; restore it from a copy, or remove "
+            f"{os.path.join(workdir, 'checkpoints', str(step))}, and the steps since the checkpoint before are done again."
+        )
+    final = workdirs.without_times(rows[-1])
     manifest = workdirs.base_manifest(
         stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
         chat_template_digest=job.template.digest if job.template is not None else None,

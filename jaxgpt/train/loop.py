@@ -109,6 +109,7 @@ def train(
     stop: StopSignal,
     start_step: int = 0,
     meta: dict | None = None,
+    log_marks: Callable[[], dict[str, dict]] = dict,
 ) -> tuple[TrainState, int]:
     """Train from start_step; returns the state and the step reached, less than num_train_steps where it was stopped.
 
@@ -162,7 +163,7 @@ def train(
             log(row)
         if saves:
             nonfinite.flush()
-            carried = meta | {"skipped": nonfinite.skipped, "last_eval": last_eval}
+            carried = meta | {"skipped": nonfinite.skipped, "last_eval": last_eval, "logs": log_marks()}
             checkpointer.save(step, state, carried, last_eval or None)
         if row or saves:
             throughput.start()

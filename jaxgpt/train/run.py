@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxgpt import partition, tree
 from jaxgpt.config import to_dict
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train import callbacks
+from jaxgpt.train import callbacks, logs
 from jaxgpt.train.checkpoint import Checkpointer
 from jaxgpt.train.config import RunConfig
 from jaxgpt.train.evaluation import evaluate
@@ -116,13 +116,15 @@ def run_program(
 
     watchers: callbacks of the caller's, beside those that the config names.
 
-    Raises workdir.Stopped, with everything saved, where a signal ended it before.
+    Raises workdir.Stopped, with everything saved, where a signal ended it before; ValueError where metrics or samples are
+    not those that the checkpoint was saved beside.
     """
     is_main = jax.process_index() == 0
     with Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint) as checkpointer, StopSignal() as stop:
         restored = checkpointer.restore(program.abstract)
         if restored is not None:
             state, meta, start = restored
+            logs.check(workdir, meta.get("logs", {}), start)
             frozen, last_logged = program.reload(), start
         else:
             (state, frozen), meta, start, last_logged = program.create(), {}, 0, -1
@@ -147,6 +149,7 @@ def run_program(
                 stop=stop,
                 start_step=start,
                 meta=meta | {"sources": program.sources},
+                log_marks=(lambda: logs.marks(workdir)) if is_main else dict,
             )
         finally:
             for watcher in watchers:

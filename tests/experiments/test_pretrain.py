@@ -15,7 +15,7 @@ from jaxgpt import partition, tree
 from jaxgpt.partition import MeshConfig
 from jaxgpt.train.load import load_model
 from jaxgpt.train.workdir import CLOCK_METRICS
-from tests.experiments.conftest import ROOT, command, environment
+from tests.experiments.conftest import ROOT, command, environment, here
 
 # A command that gets a signal when it has logged step 6: it saves after step 7.
 SIGNALLED = """
@@ -143,6 +143,32 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_reported_and_the_one_before_
     assert "training from step 8" in done.stdout
     assert rows(workdir) == rows(finished[0])
     assert parameters(workdir) == parameters(finished[0])
+
+
+def test_logs_that_lost_rows_are_refused_by_name_and_without_them_the_run_goes_on(
+    finished, arguments, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "manifest.json").unlink()
+    metrics, samples = run / "metrics.jsonl", run / "samples.jsonl"
+    flags = (f"--workdir={run}", *arguments)
+    rows = metrics.read_bytes()
+    metrics.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl no longer holds the rows up to step 12"):
+        here("pretrain", *flags)
+    metrics.unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl lacks the row of step 12"):
+        here("pretrain", *flags)
+    metrics.write_bytes(rows)
+    samples.write_text(samples.read_text().replace("Bob", "Ann", 1))
+    with pytest.raises(ValueError, match=r"samples\.jsonl no longer holds the rows up to step 12"):
+        here("pretrain", *flags)
+    samples.unlink()
+    here("pretrain", *flags)
+    assert "samples.jsonl is missing; the run goes on" in capsys.readouterr().err
+    assert metrics.read_bytes() == rows
+    assert (run / "manifest.json").exists()
 
 
 def test_eight_devices_go_on_from_one_and_agree_to_rounding(finished, arguments, tmp_path):
