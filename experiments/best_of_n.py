@@ -41,7 +41,7 @@ def main(config: BestOfNConfig, workdir: str) -> None:
     check_room(config, start)
     reward = read_reward_model(config, start)
     mesh = partition.make_mesh(config.mesh, config.dcn_mesh)
-    check_mesh(config, start.model, mesh)
+    check_mesh(config, start.model, mesh, is_trained=False)
     resolved = to_dict(config) | {"init_from": os.path.abspath(config.init_from)}
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
@@ -92,7 +92,7 @@ def sample(
     if not rows:
         raise ValueError(
             f"{limit}: it cut off all {cut_off} responses, so that there is none to keep; raise it, or keep them as they are "
-            "with keep_unfinished=True."
+            "with keep_unfinished=True, in another workdir."
         )
     points = curve(rows, keep_unfinished=config.keep_unfinished)
     for point in points:
@@ -101,6 +101,7 @@ def sample(
         stage="best_of_n", config=to_dict(config), tokenizer_digest=start.tokenizer.digest,
         chat_template_digest=start.template.digest, special_ids=start.tokenizer.special_ids,
         vocab_size=start.tokenizer.vocab_size, data_fingerprint=prompts.fingerprint, parents=parents,
+        sources=sources,
         final_metrics=points[-1], curve=points, prompts={"kept": len(rows), "dropped": dropped}, cut_off_responses=cut_off,
     ))  # fmt: skip
     if cut_off:

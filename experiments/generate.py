@@ -28,6 +28,7 @@ from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.memory import cache_bytes, check_fits
 from jaxgpt.partition import MeshConfig, check_decoding
 from jaxgpt.train.load import LoadedModel, load_model
+from jaxgpt.train.workdir import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,7 @@ def main(config: GenerateConfig, workdir: str) -> None:
     if config.output:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
-            with open(config.output, "w", encoding="utf-8") as file:
-                file.writelines(to_json(record, ensure_ascii=False) + "\n" for record in records)
+            write_atomic(config.output, "".join(to_json(record, ensure_ascii=False) + "\n" for record in records))
         except OSError as error:
             raise OSError(error.errno, error.strerror, config.output) from error
         print(f"{len(records)} responses in {config.output}.")

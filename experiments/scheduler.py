@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from experiments.signals import INTERRUPTED, PREEMPTED
 from experiments.stages import start_stage
 from jaxgpt.pipeline.sweep import Run
 from jaxgpt.train import workdir as workdirs
@@ -81,17 +82,22 @@ def run_all(
     Raises workdir.Stopped when all have saved, where SIGTERM or SIGINT ended it before its end.
     """
     waiting, lost = dict(runs), set()
+    asked: set[int] = set()  # the workers that were told to stop
     jobs: dict[int, Job] = {}
     with workdirs.StopSignal() as stop:
         try:
             while jobs or (waiting and not stop.should_stop(0)):
                 for worker, job in list(jobs.items()):
-                    if stop.should_stop(0):
-                        job.child.terminate()  # it saves, and goes on from there another time
+                    if stop.should_stop(0) and worker not in asked:
+                        asked.add(worker)  # once: it saves, and goes on from there another time
+                        job.child.terminate()
                     if job.child.poll() is None:
                         continue
                     del jobs[worker]
                     with job.held:
+                        if not stop.should_stop(0) and job.child.returncode in (PREEMPTED, INTERRUPTED):
+                            waiting[job.run.folder] = job.run  # it alone was stopped, has saved, and goes on
+                            continue
                         if not _is_done(root, job, stopped=stop.should_stop(0)):
                             lost.add(job.run.folder)
                             continue

@@ -44,12 +44,19 @@ def one_sentence(preempted_code: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
+        _be_deaf()
         _end(str(stopped), INTERRUPTED if stopped.number == signal.SIGINT else preempted_code())
     except KeyboardInterrupt:
+        _be_deaf()
         _end(_SENTENCE[signal.SIGINT], INTERRUPTED)
 
 
+def _be_deaf() -> None:
+    """Ignore further signals until the process has ended: a Ctrl-C in a terminal is often followed by a parent's SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _end(sentence: str, code: int) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of the interpreter's own end, too, no traceback
     print(sentence, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -56,7 +56,7 @@ def wait(child: subprocess.Popen) -> int:
     if heard:
         what = "Preempted" if heard[0] == signal.SIGTERM else "Interrupted"
         raise Stopped(heard[0], f"{what}; the same command resumes.")
-    return code
+    return 128 - code if code < 0 else code  # as a shell gives it for a signal
 
 
 def fail(sentence: str, code: int) -> NoReturn:

@@ -125,12 +125,17 @@ def train_in(
                 try_report(workdir)  # of how far it came
             raise
         if is_main:
-            print(f"Finished at step {config.num_train_steps}: {finish(workdir, name, resolved, job)}.", flush=True)
+            print(
+                f"Finished at step {config.num_train_steps}: {finish(workdir, name, resolved, job, sources)}.",
+                flush=True,
+            )
             try_report(workdir)
 
 
-def finish(workdir: str, name: str, resolved: dict, job: Job) -> str:
+def finish(workdir: str, name: str, resolved: dict, job: Job, sources: dict[str, str]) -> str:
     """Write the manifest of a run that has done its last step; returns its last metrics in a line.
+
+    sources: as of `Job.all_sources`.
 
     Raises ValueError where they are lost: the run was killed just before, and somebody has removed metrics.jsonl.
     """
@@ -147,7 +152,7 @@ def finish(workdir: str, name: str, resolved: dict, job: Job) -> str:
         stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
         chat_template_digest=job.template.digest if job.template is not None else None,
         special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
-        data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, final_metrics=final,
+        data_fingerprint=job.data.fingerprint, data=job.data.stats, parents=job.parents, sources=sources, final_metrics=final,
         step=step, reference_lines=job.reference_lines,
         checkpoint={"step": step, "digest": checkpoint_digest(os.path.join(workdir, "checkpoints"), step)},
         **job.finish(),

@@ -15,6 +15,7 @@ from experiments.sft import Config as SFTConfig
 from experiments.tokenizer import Config as TokenizerConfig
 from jaxgpt import config, partition
 from jaxgpt.evaluation.config import EvaluateConfig
+from jaxgpt.models import memory
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.memory import check_fits, num_parameters
 from jaxgpt.partition import MeshConfig
@@ -109,7 +110,17 @@ def test_gradient_accumulation_that_does_not_divide_a_minibatch_is_refused():
 def test_what_can_never_fit_is_refused_with_the_numbers(fields, words):
     made = config.build(PretrainConfig, fields)
     mesh = partition.make_mesh(MeshConfig())
-    with pytest.raises(ValueError, match=rf"{words}.*at least [\d,]+ GiB, but there are [\d,]+ GiB"):
+    with pytest.raises(ValueError, match=rf"{words}.*at least [\d,.]+ GiB.*, but there are [\d,.]+ GiB"):
+        check_mesh(made, made.model, mesh)
+
+
+def test_what_is_only_sampled_from_needs_no_gradients(monkeypatch):
+    fields = {"model": {"num_layers": 32, "embed_dim": 4096, "mlp_dim": 11_008, "num_heads": 32, "vocab_size": 32_000}}
+    made, mesh = config.build(PretrainConfig, fields), partition.make_mesh(MeshConfig())
+    bytes_of_weights = 4 * num_parameters(made.model)
+    monkeypatch.setattr(memory, "total_memory", lambda num_devices: 1.2 * bytes_of_weights)
+    check_mesh(made, made.model, mesh, is_trained=False)
+    with pytest.raises(ValueError, match="parameters and gradients"):
         check_mesh(made, made.model, mesh)
 
 

@@ -30,7 +30,7 @@ from jaxgpt.json_object import read_object
 
 Split = Literal["train", "held_out", "all"]
 
-FORMAT = 3  # part of every key: another layout of the files, or other rules of splitting, is another entry
+FORMAT = 4  # part of every key: another layout of the files, or other rules of splitting, is another entry
 ABANDONED_SECONDS = 24 * 3600
 ENCODE_CHARACTERS = 1 << 20  # texts are encoded together up to this length
 
@@ -232,14 +232,22 @@ def _publish(entry: Path, write: Callable[[Path], None]) -> None:
 
 def _temporary(path: Path) -> Path:
     """A name beside `path` that no other process writes to, and that says whose it is."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    return path.with_name(f"{path.name}.{_place()}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+
+
+def _place() -> str:
+    """Where process numbers are those seen here: the host, and on Linux its namespace, since containers may share a name."""
+    try:
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what killed runs were writing: those of this host that are gone, those of others after a day."""
+    """Remove what killed runs were writing: those of this host that are gone, those from elsewhere after a day."""
     for left in cache_dir.glob("*.tmp"):
         owner, pid, *_ = left.name.rsplit(".", 3)
-        is_here = owner.endswith(f".{socket.gethostname()}") and pid.isdecimal()
+        is_here = owner.endswith(f".{_place()}") and pid.isdecimal()
         with contextlib.suppress(FileNotFoundError):  # another process may be removing it
             if _is_gone(int(pid)) if is_here else time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,5 +1,6 @@
 """The least memory that something must take, from shapes alone, so that what can never fit is refused before it is begun."""
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -24,12 +25,23 @@ def cache_bytes(cfg: ModelConfig, rows: int, length: int) -> int:
     return 2 * 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * rows * length
 
 
-def total_memory(num_devices: int) -> int:
-    """Bytes of all devices of a mesh; of this machine where its devices have no memory of their own (CPU)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+def total_memory(num_devices: int) -> float:
+    """Bytes of all devices of a mesh; on CPU the machines' memory with their swap; infinity where devices do not say."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] * num_devices
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    if device.platform != "cpu":
+        return math.inf
+    return (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + _swap_bytes()) * jax.process_count()
+
+
+def _swap_bytes() -> int:
+    """Swap space of this machine, where it is Linux; 0 elsewhere."""
+    if not os.path.exists("/proc/meminfo"):
+        return 0
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("SwapTotal:"))
 
 
 def check_fits(needs: Mapping[str, int], num_devices: int) -> None:
@@ -40,7 +52,9 @@ def check_fits(needs: Mapping[str, int], num_devices: int) -> None:
     there = total_memory(num_devices)
     if sum(needs.values()) > there:
         what, most = max(needs.items(), key=lambda item: item[1])
+        rest = sum(needs.values()) - most
+        others = f", and all else {rest / GIB:,.1f} GiB" if rest else ""
         raise ValueError(
-            f"{what} take at least {most / GIB:,.0f} GiB, but there are {there / GIB:,.0f} GiB of memory on "
-            f"{num_devices} device(s)."
+            f"{what} take at least {most / GIB:,.1f} GiB{others}, but there are "
+            f"{there / GIB:,.1f} GiB of memory on {num_devices} device(s)."
         )

@@ -1,6 +1,7 @@
 """Checkpoints: orbax for writing and reading, a sha256 of every file for trusting what is read."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -151,7 +152,7 @@ class Checkpointer:
             try:
                 restored = self._manager.restore(step, args=args)
             except Exception as error:
-                if is_verified or jax.process_count() > 1:
+                if is_verified or jax.process_count() > 1 or _is_of_the_machine(error):
                     raise  # not the files' fault; or one that all processes would have to agree on
                 _set_aside(self._root, step, f"it has no digests, and cannot be read: {error}")
                 _refuse_fresh_start(self._root)
@@ -161,6 +162,13 @@ class Checkpointer:
                 _write_digests(self._root, step)
             return restored["state"], restored["meta"], step
         return None
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a checkpoint cannot be read for want of memory, files or permission: another time it may be."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in (errno.ENOENT, errno.EIO)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 @jax.jit

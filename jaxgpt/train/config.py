@@ -10,7 +10,7 @@ from jaxgpt.data.config import DataConfig
 from jaxgpt.data.sources import check_fields
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.models.memory import check_fits, num_parameters
+from jaxgpt.models.memory import cache_bytes, check_fits, num_parameters
 from jaxgpt.objectives.next_token import LossConfig
 from jaxgpt.partition import MeshConfig, local_rows
 from jaxgpt.train.checkpoint import CheckpointConfig
@@ -171,31 +171,33 @@ def check_lengths(data: DataConfig, model: ModelConfig) -> None:
         )
 
 
-def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh, *, is_trained: bool) -> None:
     """ValueError, with the numbers, where a run can never fit the devices: a batch or a model out of all proportion.
 
-    Counted are parameters and gradients in float32, one activation of each layer, and the rows themselves.
+    Counted are parameters in float32 and the rows themselves; gradients and one activation of each layer where the model
+    is trained, otherwise the keys and values of the rows.
     """
-    copies = 1 if model.lora.rank else 2
+    copies = 2 if is_trained and not model.lora.rank else 1
+    activations = 2 * config.rows_at_a_time * config.row_length * model.embed_dim * model.num_layers
     sizes = f"model.num_layers={model.num_layers}, model.embed_dim={model.embed_dim}"
     rows = f"{config.batch_field}={config.batch_size} rows of {config.row_length} tokens"
     check_fits(
         {
-            f"The parameters and gradients of a model with {sizes}": 4 * copies * num_parameters(model),
-            f"The activations of {rows}": 2
-            * config.rows_at_a_time
-            * config.row_length
-            * model.embed_dim
-            * model.num_layers,
+            f"The parameters{' and gradients' if is_trained else ''} of a model with {sizes}": 4
+            * copies
+            * num_parameters(model),
+            f"The {'activations' if is_trained else 'keys and values'} of {rows}": activations
+            if is_trained
+            else cache_bytes(model, config.batch_size, config.row_length),
             f"The tokens of {rows}": 4 * 4 * config.batch_size * config.row_length,
         },
         mesh.size,
     )
 
 
-def check_mesh(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
-    """ValueError naming the field where the model or the batch does not divide over the mesh."""
-    check_memory(config, model, mesh)
+def check_mesh(config: RunConfig, model: ModelConfig, mesh: Mesh, *, is_trained: bool = True) -> None:
+    """ValueError naming the field where the model or the batch does not divide over the mesh, or can never fit it."""
+    check_memory(config, model, mesh, is_trained=is_trained)
     tensor = mesh.shape["tensor"]
     for name in ("num_heads", "mlp_dim"):
         if getattr(model, name) % tensor:

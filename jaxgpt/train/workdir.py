@@ -218,11 +218,16 @@ def check_same(workdir: str, config: dict, *, ignore: tuple[str, ...] = ()) -> N
 def check_sources(workdir: str, stored: dict[str, str], now: dict[str, str]) -> None:
     """ValueError naming the first field whose content is not that with which the run in `workdir` was started.
 
-    stored, now: digests by field; the order of `now` is the order in which they are compared.
+    stored, now: digests by field; the order of `now` is the order in which they are compared. A field that `stored` lacks,
+    as of runs that an earlier version started, cannot be compared, which is said in a line.
     """
+    unknown = [field for field in now if field not in stored]
+    if unknown:
+        lacks = f"{workdir} does not say with which {', '.join(unknown)} it was started, so that cannot be verified."
+        print(lacks, file=sys.stderr, flush=True)
     for field in (*now, *sorted(stored.keys() - now.keys())):
-        was, found = stored.get(field, "none"), now.get(field, "none")
-        if was != found:
+        was, found = stored.get(field), now.get(field, "none")
+        if was is not None and was != found:
             raise ValueError(
                 f"{field} has other content than when the run in {workdir} was started (then the digest was {was[:12]}, now "
                 f"it is {found[:12]}); restore it, or use another --workdir."

@@ -5,7 +5,6 @@ import hashlib
 import os
 import pathlib
 import pickle
-import socket
 import subprocess
 import sys
 import threading
@@ -288,7 +287,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_of_those_that_live(tmp_pat
     cache = tmp_path / "cache"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here = socket.gethostname()
+    here = token_cache._place()
     left = [f"aaa.{here}.{dead.pid}.1.tmp", f"file_digests.json.{here}.{dead.pid}.2.tmp", "aaa.another-host.7.3.tmp"]
     living = [
         f"bbb.{here}.{os.getpid()}.4.tmp",

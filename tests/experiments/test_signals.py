@@ -78,6 +78,17 @@ def test_a_run_that_has_saved_says_where(number, code, word, capsys):
 
 
 # A stage that signals the process that waits for it, and ends with an exit code when it is asked to.
+@pytest.mark.parametrize(("first", "second", "code"), [
+    (signal.SIGINT, signal.SIGTERM, 130), (signal.SIGTERM, signal.SIGINT, 42), (signal.SIGTERM, signal.SIGTERM, 42)
+])  # fmt: skip
+def test_a_second_signal_while_it_ends_changes_nothing(first, second, code, capsys):
+    with pytest.raises(SystemExit) as end, signals.one_sentence(lambda: 42):
+        signal.raise_signal(first)
+    signal.raise_signal(second)  # as the interpreter's own end would get it
+    assert end.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 STAGE = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: os._exit(int(sys.argv[2])))

@@ -8,6 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -168,6 +169,26 @@ def test_a_step_without_digests_that_cannot_be_read_is_set_aside(saved, tmp_path
     assert_is(restore(root, make_state(0)), 4)
     assert (root / "damaged" / "6" / "meta").is_dir()
     assert "Checkpoint 6 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(24, "Too many open files"), MemoryError(), ValueError("RESOURCE_EXHAUSTED: out of memory on device")],
+)
+def test_what_the_machine_lacks_is_no_damage_of_a_step_without_digests(saved, tmp_path, monkeypatch, error):
+    root = tmp_path / "checkpoints"
+    shutil.copytree(saved, root)
+    (root / "digests" / "6.json").unlink()
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(type(error), match=str(error)[-12:]):
+            restore(root, make_state(0))
+    assert not (root / "damaged").exists()
+    assert_is(restore(root, make_state(0)), 6)
 
 
 def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(saved, tmp_path):

@@ -276,3 +276,10 @@ def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
         assert (tmp_path / "config.json.tmp").exists(), "another process may not remove what the holder writes"
     for name in ("manifest.json", "mine.tmp", "plots/loss.png"):
         assert (tmp_path / name).exists()
+
+
+def test_what_an_earlier_version_did_not_note_is_said_and_not_refused(capsys):
+    workdirs.check_sources("runs/x", {"init_from": "a" * 64}, {"init_from": "a" * 64, "data.train": "b" * 64})
+    assert "data.train" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="init_from has other content"):
+        workdirs.check_sources("runs/x", {"init_from": "a" * 64}, {"init_from": "c" * 64, "data.train": "b" * 64})
