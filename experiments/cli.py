@@ -50,6 +50,7 @@ def run(
     def start(_) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+            logging.get_absl_logger().addFilter(errors.is_news)
         try:
             config = load_config(_CONFIG.value or default_config, overrides, config_cls)
             if _PRINT.value:

@@ -1,6 +1,7 @@
 """What a command says of an error that the user can act on, in one sentence; all others are bugs and keep their traceback."""
 
 import errno
+import logging
 import os
 import re
 
@@ -55,6 +56,11 @@ def is_ours(error: BaseException) -> bool:
     return any(os.path.abspath(source).startswith(os.path.join(ROOT, part, "")) for part in _PARTS)
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a record of the log says more than the error that ends the command: orbax logs what it raises, too."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
 def _chain(error: BaseException) -> list[BaseException]:
     """The error, and those it was raised for and while handling."""
     found: list[BaseException] = []
@@ -74,10 +80,10 @@ def _environment(error: BaseException, workdir: str) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return _of_a_path(error.errno, error.strerror, error.filename or workdir or None, error.filename2)
     text = str(error)
-    wrapped = re.search(r"\[OS error (\d+)", text)  # tensorstore's
+    wrapped = re.search(r"\[OS error (\d+)|os_error_code='(\d+)'", text)  # tensorstore's, of two versions
     if wrapped:
         path = re.search(r"[\"'](/[^\"']*)[\"']", text)
-        return _of_a_path(int(wrapped[1]), None, path[1] if path else workdir or None, None)
+        return _of_a_path(int(wrapped[1] or wrapped[2]), None, path[1] if path else workdir or None, None)
     if isinstance(error, MemoryError):
         return f"There is not enough memory{f' ({text.rstrip(chr(46))})' if text else ''}; {_LESS_MEMORY}."
     if "RESOURCE_EXHAUSTED" in text and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
@@ -94,5 +100,6 @@ def _of_a_path(number: int, reason: str | None, path: object, other: object) -> 
     if name is None or isinstance(name, int):
         return f"{said[0].upper()}{said[1:]}."
     # A file that is written is made under another name first; the user knows the one it will have.
-    shown = re.sub(r"(\.[0-9a-f]{32})?\.tmp$", "", str(other if number == errno.EBUSY and other else name))
+    full = str(other if number == errno.EBUSY and other else name)
+    shown = re.sub(r"(\.[0-9a-f]{32})?\.tmp$|\.orbax-checkpoint-tmp(/.*)?$", "", full)
     return f"{shown if len(shown) < 300 else shown[:300] + '...'}: {said}."

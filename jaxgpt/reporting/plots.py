@@ -1,5 +1,6 @@
 """Curves of a run as PNG files."""
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,8 +110,13 @@ def plot_overoptimization(rows: Sequence[Mapping[str, float]], folder: str) -> l
 def save(figure: Figure, path: str) -> None:
     """Write a figure as PNG; a reader sees the old file or the new one whole."""
     temporary = f"{path}.tmp"
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    try:
+        FigureCanvasAgg(figure).print_png(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 COLORS = {"eval": "C1", "eval_ema": "C2"}  # of what is not training

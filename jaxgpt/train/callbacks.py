@@ -3,11 +3,14 @@
 import dataclasses
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxgpt.train.config import ProfileConfig, WandbConfig
@@ -45,13 +48,26 @@ def progress_bar(start_step: int, num_train_steps: int) -> Callback:
 
 
 def tensorboard(workdir: str, start_step: int) -> Callback:
-    """The scalars of metrics.jsonl as TensorBoard events; a resumed run hides what the interrupted one wrote beyond it."""
-    writer = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1 if start_step else None)
+    """The scalars of metrics.jsonl as TensorBoard events; a resumed run hides what the interrupted one wrote beyond it.
 
-    def on_log(step, row):
+    A row is on disk when on_log returns. tensorboardX's SummaryWriter writes in a thread, in which a full disk's error is
+    lost, and after which the next row waits for ever.
+    """
+    folder = os.path.join(workdir, "tensorboard")
+    os.makedirs(folder, exist_ok=True)
+    writer = EventsWriter(os.path.join(folder, "events"))
+
+    def write(step: int, **content: Any) -> None:
+        writer.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    if start_step:
+        write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def on_log(step: int, row: dict[str, float]) -> None:
         for name, value in row.items():
             if name != "step":
-                writer.add_scalar(name, value, step)
+                write(step, summary=scalar(name, value))
+        writer.flush()
 
     return Callback(on_log=on_log, close=writer.close)
 

@@ -179,11 +179,16 @@ def _clear(folder: str) -> None:
 def write_atomic(path: str, text: str) -> None:
     """Replace the file at once and durably: a reader, or a restart after a kill, sees the old or the new text whole."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk it takes room that others need
+            os.remove(temporary)
+        raise
 
 
 def read_json(path: str) -> dict | None:

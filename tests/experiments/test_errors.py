@@ -1,6 +1,7 @@
 """Errors that the environment makes are one sentence with the path; bugs keep their traceback."""
 
 import errno
+import logging
 import os
 
 import pytest
@@ -53,6 +54,14 @@ def test_what_a_library_wraps_is_seen():
 
     assert errors.sentence(caught(tensorstore)).startswith("/data/run/d/1: the disk is full")
 
+    def newer_tensorstore():
+        raise ValueError(  # noqa: TRY004
+            'RESOURCE_EXHAUSTED: Error writing local file "/run/checkpoints/4.orbax-checkpoint-tmp/state/_sharding": Failed '
+            "to write 10427 bytes to file 18: No space left on device [os_error_code='28']"
+        )
+
+    assert errors.sentence(caught(newer_tensorstore)).startswith("/run/checkpoints/4: the disk is full")
+
     def group():
         raise ExceptionGroup("two", [KeyError("x"), OSError(errno.EROFS, "x", "/data")])
 
@@ -74,3 +83,13 @@ def test_memory_and_depth():
 def test_a_bug_keeps_its_traceback():
     for wrong in (lambda: {}["x"], lambda: int("x"), lambda: 1 / 0, lambda: None.x):  # type: ignore[attr-defined]
         assert errors.sentence(caught(wrong)) is None
+
+
+def test_tracebacks_that_orbax_logs_of_what_it_raises_are_no_news_and_all_else_is():
+    def record(path, exc_info):
+        return logging.LogRecord("absl", logging.ERROR, path, 1, "Save failed.", (), exc_info)
+
+    raised = (OSError, OSError(errno.ENOSPC, "No space left on device"), None)
+    assert not errors.is_news(record("/lib/orbax/checkpoint/async_checkpointer.py", raised))
+    assert errors.is_news(record("/lib/orbax/checkpoint/async_checkpointer.py", None))
+    assert errors.is_news(record("/clone/jaxgpt/train/checkpoint.py", raised))
