@@ -1,9 +1,10 @@
 """What every stage's command shares: --config with overrides, --workdir, --print_config, and errors a user can act on."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 
@@ -67,8 +68,11 @@ def run(
             said = errors.sentence(error, _WORKDIR.value or "")
             if said is None:
                 raise
+            if not isinstance(error, ValueError):
+                _leave_at_once(said)
             _fail(said)
 
+    sys.unraisablehook = _report_unraisable
     with signals.one_sentence(lambda: _PREEMPTED_EXIT_CODE.value):
         app.run(start, flags_parser=parse_flags)
 
@@ -108,6 +112,26 @@ def load_config(spec: str, overrides: list[tuple[str, str]], config_cls: type[T]
 def plain_config(spec: str) -> dict:
     """What a config file gives, as nested dicts."""
     return resolved(read_config(spec))
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Print an error that nobody can catch, as Python does, but for what follows a read or write that failed.
+
+    Where one of a checkpoint's fails, TensorStore's others still report to an event loop that orbax has closed.
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
+
+
+def _leave_at_once(sentence: str) -> NoReturn:
+    """Say what the disk or the memory does not give and end the process, without its threads.
+
+    orbax's may wait for ever for a write that has failed, and the interpreter waits for them at its end.
+    """
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
 
 
 def _fail(said: str) -> None:

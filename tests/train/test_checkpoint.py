@@ -173,7 +173,11 @@ def test_a_step_without_digests_that_cannot_be_read_is_set_aside(saved, tmp_path
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(24, "Too many open files"), MemoryError(), ValueError("RESOURCE_EXHAUSTED: out of memory on device")],
+    [
+        OSError(24, "Too many open files"),
+        MemoryError("no room for it"),
+        ValueError("RESOURCE_EXHAUSTED: out of memory on device"),
+    ],
 )
 def test_what_the_machine_lacks_is_no_damage_of_a_step_without_digests(saved, tmp_path, monkeypatch, error):
     root = tmp_path / "checkpoints"
