@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +15,8 @@ from jaxgpt import config as config_lib
 from jaxgpt import partition
 
 T = TypeVar("T")
+
+_UNREAD = 128 + 13  # what a shell shows of a command that SIGPIPE ended
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file, with a preset after a colon: configs/pretrain.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; the same command again resumes.")
@@ -55,12 +58,17 @@ def run(
         try:
             config = load_config(_CONFIG.value or default_config, overrides, config_cls)
             if _PRINT.value:
-                print(json.dumps(config_lib.to_dict(config), indent=2))
+                print(json.dumps(config_lib.to_dict(config), indent=2), flush=True)
                 return
             if needs_workdir and not _WORKDIR.value:
                 raise ValueError("--workdir=DIR is required: the folder for the run's files.")
             partition.start_distributed()
             main(config, _WORKDIR.value or "")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not _is_unread():
+                raise
+            sys.exit(_UNREAD)
         except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
@@ -132,6 +140,16 @@ def _leave_at_once(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads stdout any more, as in `... | head`; it then leads nowhere, so that the end of Python is quiet."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    is_unread = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
 
 
 def _fail(said: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from experiments.errors import ROOT, raised_in
+
+_DEEPEST = 50  # sections in sections; a section that stands in itself has no end
 
 
 def read_config(spec: str) -> dict:
@@ -33,6 +35,7 @@ def read_config(spec: str) -> dict:
             f"--config: get_config() of {path} returns {'None' if config is None else type(config).__name__}, not a "
             "ConfigDict or a dict."
         )
+    _check_depth(config, path)
     return _plain(config, {})
 
 
@@ -84,14 +87,23 @@ def _called(found: str, path: str, function: Any) -> Any:
     except SyntaxError as error:
         raise ValueError(f"--config: {path}, line {error.lineno}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and raised_in(error) == found:
+            raise ValueError(str(error)) from error  # the file's own words, such as that it has no such preset
         frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError) and frames[-1].filename == found:
-            raise  # the file's own words, such as that it has no such preset
         lines = [frame.lineno for frame in frames if frame.filename == found]
         place = f"{path}, line {lines[-1]}" if lines else path
-        said = " ".join(str(error).split()).rstrip(".")
+        said = f": {' '.join(str(error).split()).rstrip('.')}" if str(error) else ""
         hint = " (a plain dict may have dots in its names)" if "ConfigDict does not accept dots" in said else ""
-        raise ValueError(f"--config: {place}: {type(error).__name__}: {said}{hint}.") from error
+        raise ValueError(f"--config: {place}: {type(error).__name__}{said}{hint}.") from error
+
+
+def _check_depth(section: Any, path: str, *names: str) -> None:
+    if len(names) > _DEEPEST:
+        raise ValueError(f"--config: {path}: {'.'.join(names[:3])}... is nested too deeply, or stands in itself.")
+    is_config = isinstance(section, ConfigDict)
+    for key, value in section.items(preserve_field_references=True) if is_config else section.items():
+        if isinstance(value, Mapping | ConfigDict):
+            _check_depth(value, path, *names, str(key))
 
 
 def _plain(section: Any, seen: dict[int, dict]) -> dict:

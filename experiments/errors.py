@@ -1,12 +1,13 @@
 """What a command says of an error that the user can act on, in one sentence; all others are bugs and keep their traceback."""
 
+import dis
 import errno
 import logging
 import os
 import re
+import types
 
-from experiments.config_file import ROOT
-
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PARTS = ("jaxgpt", "experiments", "configs", "launch")
 _HINTS = {
     errno.ENOSPC: "the disk is full; make room, or use another folder",
@@ -27,6 +28,9 @@ _HINTS = {
     errno.ENOMEM: "there is not enough memory",
     errno.EADDRINUSE: "the address is in use; another port may be free",
 }
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write says without the file
+_LIBRARIES = ("orbax", "tensorstore", "jax", "jaxlib")
+_OF_CODE = (TypeError, LookupError, AttributeError, NameError, AssertionError)
 _LESS_MEMORY = "a smaller batch_size, model or length needs less, as do more devices"
 
 
@@ -40,8 +44,6 @@ def sentence(error: BaseException, workdir: str = "") -> str | None:
         environment = _environment(one, workdir)
         if environment is not None:
             return environment
-    if isinstance(error, UnicodeDecodeError):
-        return f"A file is not valid UTF-8: {error.reason} at byte {error.start}."
     if isinstance(error, ValueError) and is_ours(error):
         return " ".join(str(error).split())
     return None
@@ -49,11 +51,25 @@ def sentence(error: BaseException, workdir: str = "") -> str | None:
 
 def is_ours(error: BaseException) -> bool:
     """Whether the project itself raised it, for the user."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    source = frame.tb_frame.f_code.co_filename if frame is not None else ""
-    return any(os.path.abspath(source).startswith(os.path.join(ROOT, part, "")) for part in _PARTS)
+    source = os.path.abspath(raised_in(error) or "")
+    return any(source.startswith(os.path.join(ROOT, part, "")) for part in _PARTS)
+
+
+def raised_in(error: BaseException) -> str | None:
+    """The file whose `raise` made the error; None where what a line calls did, as int() or zip(), which may be a bug."""
+    last = _last(error)
+    if last is None:
+        return None
+    code = last.tb_frame.f_code
+    return code.co_filename if dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS" else None
+
+
+def _last(error: BaseException) -> types.TracebackType | None:
+    """Where it was raised: the innermost part of its traceback."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -62,7 +78,10 @@ def is_news(record: logging.LogRecord) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, and those it was raised for and while handling."""
+    """The error, those it was raised from, and those that one of the environment's was raised while handling.
+
+    What a bug was raised while handling says nothing of the bug.
+    """
     found: list[BaseException] = []
     following: list[BaseException | None] = [error]
     while following:
@@ -71,30 +90,43 @@ def _chain(error: BaseException) -> list[BaseException]:
             found.append(one)
             # A sentence of the project's own says all there is to say of its cause.
             if not (isinstance(one, ValueError) and is_ours(one)):
-                following += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+                is_wrapper = not one.__suppress_context__ and _is_of_the_environment(one)
+                following += [one.__cause__, one.__context__ if is_wrapper else None, *getattr(one, "exceptions", ())]
     return found
+
+
+def _is_of_the_environment(error: BaseException) -> bool:
+    """Whether it is an error of the system, or of a library that reads and writes for the project."""
+    if isinstance(error, OSError | BaseExceptionGroup):
+        return True
+    last = _last(error)
+    made_in = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    is_library = any(str(name).partition(".")[0] in _LIBRARIES for name in (type(error).__module__, made_in))
+    return is_library and not isinstance(error, _OF_CODE)
 
 
 def _environment(error: BaseException, workdir: str) -> str | None:
     """The sentence for an error of a disk or of memory; None for any other."""
+    if isinstance(error, BrokenPipeError):
+        return None  # of no disk; `cli.run` knows of the one that is no bug
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_a_path(error.errno, error.strerror, error.filename or workdir or None, error.filename2)
+        return _of_a_path(error.errno, error.strerror, error.filename, error.filename2, workdir)
     text = str(error)
     wrapped = re.search(r"\[OS error (\d+)|os_error_code='(\d+)'", text)  # tensorstore's, of two versions
     if wrapped:
         path = re.search(r"[\"'](/[^\"']*)[\"']", text)
-        return _of_a_path(int(wrapped[1] or wrapped[2]), None, path[1] if path else workdir or None, None)
+        return _of_a_path(int(wrapped[1] or wrapped[2]), None, path[1] if path else None, None, workdir)
     if isinstance(error, MemoryError):
         return f"There is not enough memory{f' ({text.rstrip(chr(46))})' if text else ''}; {_LESS_MEMORY}."
     if "RESOURCE_EXHAUSTED" in text and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
         wanted = re.search(r"allocat\w* ([\d.]+ ?[KMGTP]?i?B|\d+ bytes)", text)
         return f"The device has not enough memory{f' for another {wanted[1]}' if wanted else ''}; {_LESS_MEMORY}."
-    if isinstance(error, RecursionError):
-        return "Something is nested too deeply to be read: a file or config of the user's is a list in a list in a list ..."
     return None
 
 
-def _of_a_path(number: int, reason: str | None, path: object, other: object) -> str:
+def _of_a_path(number: int, reason: str | None, path: object, other: object, workdir: str) -> str:
+    if not path and number in _OF_A_DISK:
+        path = workdir or None
     said = _HINTS.get(number) or (reason or os.strerror(number)).lower()
     name = path.decode(errors="replace") if isinstance(path, bytes) else path
     if name is None or isinstance(name, int):

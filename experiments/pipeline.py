@@ -20,6 +20,8 @@ import jax
 from experiments import cli
 from experiments.stage_configs import check_stages
 from experiments.stages import fail, start, start_stage, wait
+from jaxgpt.data.sources import read_records
+from jaxgpt.json_object import to_json
 from jaxgpt.pipeline import expectations
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, key, substitute
 from jaxgpt.reporting.pipeline_report import Lineage, Verdict, held, write_pipeline_report
@@ -111,8 +113,9 @@ def compare(config: PipelineConfig, folders: dict[str, str], digests: dict[str, 
     root = os.path.join(os.path.dirname(folders[stages[0]]), "compare")
     os.makedirs(root, exist_ok=True)
     prompts, samples = os.path.join(root, "prompts.jsonl"), {}
-    with open(substitute(config.compare.prompts_file, folders), encoding="utf-8") as file:
-        workdirs.write_atomic(prompts, "".join(itertools.islice(file, config.compare.num_prompts)))
+    source = substitute(config.compare.prompts_file, folders)
+    records = itertools.islice(read_records(source), config.compare.num_prompts)
+    workdirs.write_atomic(prompts, "".join(to_json(record.fields) + "\n" for record in records))
     for name in stages:
         output = os.path.join(root, f"{name}-{digests[name][:12]}.jsonl")
         code = 0 if os.path.exists(output) else wait(start(

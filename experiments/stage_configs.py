@@ -12,7 +12,7 @@ from typing import Any
 
 import experiments
 from experiments import cli
-from experiments.config_file import ROOT
+from experiments.errors import ROOT
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig
 

@@ -206,7 +206,9 @@ def override(values: dict, cls: Any, path: str, text: str) -> None:
     computed from may be a leaf with a method `set` (a FieldReference); it is told the value.
     """
     hint = field_type(cls, path)
-    value = to_dict(convert(_parse(text, hint), hint, path))  # plain, so that a later override may change a part of it
+    value = to_dict(
+        convert(_parse(text, hint, path), hint, path)
+    )  # plain, so that a later override may change a part of it
     *sections, last = path.split(".")
     for key in sections:
         if not isinstance(values.get(key), dict):
@@ -257,27 +259,32 @@ def _is_set(value: Any) -> bool:
         return True
 
 
-def _parse(text: str, hint: Any) -> Any:
-    """The Python value that `text` stands for where a `hint` is wanted; `convert` judges whether it fits."""
+def _parse(text: str, hint: Any, field: str) -> Any:
+    """The Python value that `text` stands for where a `hint` is wanted; `convert` judges whether it fits.
+
+    Raises ValueError naming the field where Python cannot read a text for its depth.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if type(None) in options and text.lower() == "none":
             return None
         if str in options:
-            return _literal(text) if text[:1] in "[({" and text else text
-        return _parse(text, next(o for o in options if o is not type(None)))
+            return _literal(text, field) if text[:1] in "[({" and text else text
+        return _parse(text, next(o for o in options if o is not type(None)), field)
     if hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if hint is str or origin is Literal:
         return text
     if origin is tuple and text[:1] not in ("[", "("):
-        return tuple(_parse(item, options[0]) for item in text.split(",") if item)
-    return _literal(text)
+        return tuple(_parse(item, options[0], field) for item in text.split(",") if item)
+    return _literal(text, field)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str, field: str) -> Any:
     try:
         return ast.literal_eval(text)
+    except (RecursionError, MemoryError) as error:  # ast's own, of the parser's stack
+        raise ValueError(f"{field}={shown(text)} is nested too deeply to be read.") from error
     except (ValueError, SyntaxError):
         return text
 

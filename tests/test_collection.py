@@ -15,7 +15,13 @@ import pytest
 now = time.time
 time.time = lambda: now() + 1e7
 time.time_ns = lambda: int(1e9 * time.time())
-sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *sys.argv[1:]]))
+
+class Names:
+    def pytest_itemcollected(self, item):
+        print(item.nodeid)
+
+options = ["--collect-only", "-qq", "-s", "-p", "no:randomly", "-p", "no:cacheprovider"]
+sys.exit(pytest.main([*options, *sys.argv[1:]], plugins=[Names()]))
 """
 
 

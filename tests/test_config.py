@@ -7,6 +7,7 @@ import pytest
 from jaxgpt import config
 from jaxgpt.data.config import DataConfig, SourceConfig
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.train.config import PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,3 +88,10 @@ def test_a_mistake_names_the_field_and_the_nearest_choice(override, words):
 def test_to_dict_is_plain_data_that_builds_the_same_config():
     made = built("data.train={'web': {'path': 'w'}}", "model.window_pattern=local,global", "model.sliding_window=8")
     assert config.build(Outer, config.to_dict(made)) == made
+
+
+@pytest.mark.parametrize(("field", "text"), [("model.num_layers", "-" * 300_000 + "1"), ("train", "(" + "-" * 300_000)])
+def test_a_text_that_python_cannot_read_for_its_depth_names_the_field(field, text):
+    cls = DataConfig if field == "train" else PretrainConfig
+    with pytest.raises(ValueError, match=rf"^{field}='.*\.\.\. is nested too deeply to be read\.$"):
+        config.override({}, cls, field, text)

@@ -1,8 +1,12 @@
 """What a command line makes of config files, overrides and errors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from experiments import cli
+from experiments import cli, errors
 from experiments.sft import Config
 from jaxgpt.train.config import PretrainConfig, RunConfig
 
@@ -127,3 +131,26 @@ def test_a_mistake_in_a_config_file_is_a_sentence_with_its_line(config_file, tex
 def test_the_projects_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.load_config("configs/sft.py:lora", [], Config).lora.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("def get_config():\n    raise ValueError('there is no corpus here')\n", "there is no corpus here"),
+     ("def get_config():\n    return int('x')\n", "line 2: ValueError: invalid literal"),
+     ("def get_config():\n    return b'\\xff'.decode()\n", "line 2: UnicodeDecodeError"),
+     ("def get_config():\n    d = {}\n    d['data'] = d\n    return d\n", "data.data.data... is nested too deeply"),
+     ("def get_config():\n    return " + "-" * 300_000 + "1\n", "my_config.py: MemoryError.")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_config_file_is_the_users_own_mistake(config_file, text, words):
+    with pytest.raises(ValueError, match=".") as caught:
+        cli.load_config(config_file(text), [], Config)
+    assert words in errors.sentence(caught.value)
+
+
+def test_a_reader_that_has_gone_ends_a_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "experiments.make_data", "--print_config"]
+    done = subprocess.run(command, cwd=errors.ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
