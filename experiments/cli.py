@@ -118,8 +118,8 @@ def load_config(spec: str, overrides: list[tuple[str, str]], config_cls: type[T]
 
 
 def plain_config(spec: str) -> dict:
-    """What a config file gives, as nested dicts."""
-    return resolved(read_config(spec))
+    """What a config file gives, as nested dicts; None for what has no value before fields are set."""
+    return resolved(read_config(spec), may_lack=True)
 
 
 def _report_unraisable(unraisable: Any) -> None:

@@ -39,19 +39,27 @@ def read_config(spec: str) -> dict:
     return _plain(config, {})
 
 
-def resolved(values: Any, path: str = "") -> Any:
-    """The nested values with every reference replaced by what it now refers to; ValueError naming a field without value."""
+def resolved(values: Any, path: str = "", *, may_lack: bool = False) -> Any:
+    """The nested values with every reference replaced by what it now refers to.
+
+    Raises ValueError naming a field without value; with may_lack it is None.
+    """
     if isinstance(values, dict):
-        return {key: resolved(value, f"{path}.{key}" if path else str(key)) for key, value in values.items()}
+        return {
+            key: resolved(value, f"{path}.{key}" if path else str(key), may_lack=may_lack)
+            for key, value in values.items()
+        }
     if not isinstance(values, FieldReference):
         return values
     try:
         value = values.get()
     except Exception as error:
+        if may_lack:
+            return None
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         what = "is required, and has no value" if "required" in said.lower() else f"cannot be computed ({said})"
         raise ValueError(f"The config field {path} {what}; set it with --config.{path}=VALUE.") from error
-    return resolved(_plain(value, {}), path) if isinstance(value, Mapping | ConfigDict) else value
+    return resolved(_plain(value, {}), path, may_lack=may_lack) if isinstance(value, Mapping | ConfigDict) else value
 
 
 def _find(path: str) -> str:

@@ -86,3 +86,27 @@ def test_a_metric_of_the_users_own_names_is_let_through(values):
     for name in ("eval/gold/f1", "sums/exact_match", "win_rate/win_rate", "eval/code/loss"):
         config = SweepConfig(pipeline="p.py", search={"sft.seed": [1, 2]}, metric=f"sft.final_metrics.{name}")
         assert len(plan(config, pipeline, lambda spec: {})) == 2
+
+
+REQUIRED = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config():
+    return ConfigDict({"seed": config_dict.placeholder(int, required=True), "num_epochs": 1.0, "batch_size": 8})
+"""
+
+
+@pytest.mark.parametrize(("fields", "ends"), [({"seed": 3}, False), ({}, True)])
+def test_what_a_config_file_leaves_to_the_stage_is_no_mistake_where_the_stage_sets_it(values, tmp_path, fields, ends):
+    (tmp_path / "required.py").write_text(REQUIRED)
+    values["stages"]["sft"] |= {"config": str(tmp_path / "required.py")}
+    values["stages"]["sft"]["fields"] |= fields
+    pipeline = config_lib.build(PipelineConfig, values)
+    search = SweepConfig(pipeline="p.py", search={"sft.batch_size": [4, 8]}, metric="sft.final_metrics.eval/loss")
+    trials = plan(search, pipeline, cli.plain_config)
+    assert len({trial.last.folder for trial in trials}) == 2
+    if ends:
+        with pytest.raises(ValueError, match=r"stages\.sft: The config field seed is required"):
+            check_stages(pipeline, folders(tmp_path))
+    else:
+        check_stages(pipeline, folders(tmp_path))
