@@ -14,8 +14,7 @@ from jaxgpt.reporting.model_card import model_card, summary
 
 def main(config: FinalizeConfig, workdir: str) -> None:
     """Make the artifact in `workdir`, or say that it is there."""
-    if not config.init_from:
-        raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the run to finalize.")
+    config.check_complete()
     workdir = workdir.rstrip("/")
     manifest = finished(config, workdir)
     if manifest is not None:

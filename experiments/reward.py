@@ -53,6 +53,11 @@ class Config(FinetuneConfig):
         super().__post_init__()
         check_fields(self.data.fields, preference.FIELDS)
 
+    def check_complete(self) -> None:
+        """As of every run; what scores a file needs neither model nor data to start with."""
+        if not self.score:
+            super().check_complete()
+
 
 def main(config: Config, workdir: str) -> None:
     """Train the run in `workdir`, or go on with it; or score a file with it."""

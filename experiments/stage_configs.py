@@ -7,7 +7,7 @@ import importlib.util
 import os
 import pkgutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import experiments
@@ -15,8 +15,9 @@ from experiments import cli
 from experiments.errors import ROOT
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig
+from jaxgpt.rl.rewards import file_and_function
 
-_FILES = ("data.train", "data.eval", "prompts_file")
+_FILES = ("data.train", "data.eval", "prompts_file", "score")
 _FOLDERS = ("init_from", "reward_model", "gold_model", "baseline", "data.tokenizer", "source")
 
 
@@ -32,8 +33,10 @@ def check_stage(where: str, stage: StageConfig, folders: Mapping[str, str]) -> N
     flags = [flag.removeprefix("--config.").split("=", 1) for flag in stage.flags(folders)[1:]]
     try:
         config = cli.load_config(stage.spec, [(field, value) for field, value in flags], cls)
-        for field in (*_FILES, *_FOLDERS):
-            _check_path(config, field, folders)
+        if hasattr(config, "check_complete"):
+            config.check_complete()
+        for field, value, is_data in _paths(config):
+            _check_path(field, value, is_data, folders)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -50,16 +53,35 @@ def config_class(command: str, where: str = "command") -> Any:
     return typing.get_type_hints(getattr(main, "func", main))["config"]
 
 
-def _check_path(config: Any, field: str, folders: Mapping[str, str]) -> None:
+def _paths(config: Any) -> Iterator[tuple[str, str | tuple[str, ...], bool]]:
+    """(field, paths, whether they are files of data) of all that a config names on the disk."""
+    for field in (*_FILES, *_FOLDERS):
+        value = functools.reduce(lambda section, name: getattr(section, name, None), field.split("."), config)
+        if isinstance(value, Mapping):
+            yield from ((f"{field}.{name}.path", source.path, True) for name, source in value.items())
+        elif isinstance(value, str | tuple):
+            yield field, value, field in _FILES
+    tasks = getattr(config, "tasks", {})
+    for label, task in tasks.items():
+        yield f"tasks.{label}.path", task.path, True
+        yield f"tasks.{label}.shots", task.shots, True
+    rewards = {field: getattr(config, field, {}) for field in ("rewards", "gold")}
+    for field, sources in (rewards | {f"tasks.{label}.metrics": task.metrics for label, task in tasks.items()}).items():
+        files = {label: file_and_function(source.name) for label, source in sources.items()}
+        yield from ((f"{field}.{label}.name", file[0], False) for label, file in files.items() if file is not None)
+    judge = getattr(config, "judge", "")
+    yield "judge", (file_and_function(judge) or (judge,))[0], False
+    template = getattr(config, "chat_template", "")
+    if template.endswith(".jinja"):
+        yield "chat_template", template, False
+
+
+def _check_path(field: str, value: str | tuple[str, ...], is_data: bool, folders: Mapping[str, str]) -> None:
     """ValueError for a path of the user's that is not there; what stages are yet to write is left alone."""
-    value = config
-    for name in field.split("."):
-        value = getattr(value, name, None)
-    paths = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else []
-    for path in paths:
+    for path in [value] if isinstance(value, str) else value:
         if not path or any(path == folder or path.startswith(f"{folder}{os.sep}") for folder in folders.values()):
             continue
-        if field in _FILES:
+        if is_data:
             resolve_paths(path, field)
         elif not os.path.exists(path):
             raise ValueError(f"{field}={path!r} does not exist.")

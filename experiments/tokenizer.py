@@ -37,6 +37,11 @@ class Config:
     def __post_init__(self):
         check_fields(self.data.fields, ("text",))
 
+    def check_complete(self) -> None:
+        """ValueError where there is no text."""
+        if not self.data.train:
+            raise ValueError("data.train is empty; give the text with --config.data.train=PATH.")
+
 
 def main(config: Config, workdir: str) -> None:
     """Train the tokenizer of `workdir`; nothing to do where it is there already."""
@@ -46,8 +51,7 @@ def main(config: Config, workdir: str) -> None:
         if done:
             print(f"{workdir} is finished: {_summary(done)}.")
             return
-        if not config.data.train:
-            raise ValueError("data.train is empty; give the text with --config.data.train=PATH.")
+        config.check_complete()
         paths = resolve_paths(config.data.train, "data.train")
         tokenizer = train_tokenizer(texts(paths, config.data, held_out=False), config.tokenizer)
         fraction = config.data.holdout.fraction

@@ -79,3 +79,8 @@ class DataConfig:
         for name, most in (("num_workers", MAX_WORKERS), ("prefetch", MAX_PREFETCH)):
             if getattr(self, name) > most:
                 raise ValueError(f"data.{name} must be at most {most}, not {getattr(self, name)}.")
+
+    def check_complete(self) -> None:
+        """ValueError where there is nothing to train on, which a preset leaves open."""
+        if not self.train:
+            raise ValueError("data.train is empty; give a path, a glob, several of them, or {name: {path, weight}}.")

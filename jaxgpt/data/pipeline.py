@@ -76,8 +76,7 @@ def build_data(
     Raises:
       ValueError: for a source without files, documents or rows.
     """
-    if not config.train:
-        raise ValueError("data.train is empty; give a path, a glob, several of them, or {name: {path, weight}}.")
+    config.check_complete()
 
     def pack_texts(paths: list[str], split: Split) -> RowPlan:
         tokens = tokenize_source(paths, tokenizer, config, split, cache_dir)

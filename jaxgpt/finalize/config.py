@@ -53,6 +53,11 @@ class FinalizeConfig:
                 f"group_size must be even, not {self.group_size}; the nearest is {max(2, self.group_size + 1)}."
             )
 
+    def check_complete(self) -> None:
+        """ValueError where there is nothing to finalize."""
+        if not self.init_from:
+            raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the run to finalize.")
+
     @property
     def changes_values(self) -> bool:
         """Whether the artifact's parameters are others than those of init_from."""

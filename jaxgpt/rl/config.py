@@ -51,6 +51,20 @@ class RLConfig(FinetuneConfig):
     preflight: bool = True
     require_report_card: bool = True
 
+    def check_rewards(self) -> None:
+        """ValueError where there is no reward, or no reward model for a critic that starts as one."""
+        if self.reward_model:
+            return
+        if not self.rewards:
+            raise ValueError("There is no reward: set reward_model to a reward model's workdir, or rewards.")
+        if self.advantage == "gae" and self.critic_trunk == "own" and self.critic_init == "reward_model":
+            raise ValueError("critic_init='reward_model' needs reward_model; without one use critic_init='policy'.")
+
+    def check_complete(self) -> None:
+        """ValueError naming what is missing of models, rewards and prompts, which a preset may leave open."""
+        super().check_complete()
+        self.check_rewards()
+
     @property
     def batch_field(self) -> str:
         """The field that says how many responses there are."""

@@ -55,11 +55,8 @@ class RewardModel:
 
 def read_reward_model(config: RLConfig, start: Start) -> RewardModel | None:
     """The reward model of the config; ValueError where there is no reward at all, or where it does not fit the policy."""
+    config.check_rewards()
     if not config.reward_model:
-        if not config.rewards:
-            raise ValueError("There is no reward: set reward_model to a reward model's workdir, or rewards.")
-        if config.advantage == "gae" and config.critic_trunk == "own" and config.critic_init == "reward_model":
-            raise ValueError("critic_init='reward_model' needs reward_model; without one use critic_init='policy'.")
         return None
     reward = _read(config.reward_model, "reward_model", start)
     card = reward.run.manifest().get("report_card", {})

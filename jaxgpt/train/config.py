@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxgpt.config import check_bounds
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.sources import check_fields
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.memory import cache_bytes, check_fits, num_parameters
@@ -112,6 +113,10 @@ class RunConfig:
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}."
             )
 
+    def check_complete(self) -> None:
+        """ValueError naming what is missing of models and data, which a preset may leave open."""
+        self.data.check_complete()
+
     @property
     def batch_field(self) -> str:
         """The field that says how many rows there are, for messages."""
@@ -161,6 +166,12 @@ class PretrainConfig(RunConfig):
             raise ValueError(
                 "model.lora is set by the stages that train adapters, as lora; pretraining trains everything."
             )
+
+    def check_complete(self) -> None:
+        """ValueError naming what is missing of tokenizer and data, which a preset may leave open."""
+        if not self.data.tokenizer:
+            load_tokenizer(self.data.tokenizer)  # which says so; one of an earlier stage may not be there yet
+        super().check_complete()
 
 
 def check_lengths(data: DataConfig, model: ModelConfig) -> None:

@@ -43,6 +43,18 @@ class FinetuneConfig(RunConfig):
     lora: LoraConfig = LoraConfig()
     chat_template: str = ""
 
+    def check_parent(self) -> None:
+        """ValueError where there is no model to start from."""
+        if not self.init_from:
+            raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the model to start from.")
+
+    def check_complete(self) -> None:
+        """ValueError naming what is missing of model and data, or a template that is neither a name nor a file."""
+        self.check_parent()
+        if self.chat_template and not self.chat_template.endswith(".jinja"):
+            ChatTemplate.from_config(self.chat_template, "chat_template")
+        super().check_complete()
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -81,8 +93,7 @@ def start_from(config: FinetuneConfig, *, head: Literal["lm", "scalar"] = "lm") 
     Raises ValueError where init_from is missing or not finished, or where tokenizer or template are not the parent's (with
     the digests).
     """
-    if not config.init_from:
-        raise ValueError("init_from is required: --config.init_from=DIR, the workdir of the model to start from.")
+    config.check_parent()
     parent = read_run(config.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else parent.tokenizer
     template = parent.template

@@ -1,6 +1,7 @@
 """Mistakes in later stages of a pipeline or a sweep, which are said before the first stage runs."""
 
 import copy
+import re
 
 import pytest
 
@@ -24,6 +25,37 @@ CHANGES = [
     ({}, ["num_epochs=1", "num_train_steps=4"], ["stages.sft", "num_epochs", "num_train_steps"]),
     ({}, ["data.fields.promt=q"], ["stages.sft", "data.fields", "prompt"]),
 ]
+
+
+QUIZ = {"kind": "multiple_choice"}
+LATER = [
+    ("sft", {"data": {"train": "@data/a.jsonl"}}, "init_from is required"),
+    ("sft", {"init_from": "@pretrain"}, "data.train is empty"),
+    ("sft", {"init_from": "@pretrain", "data": {"train": "@data/a.jsonl"}, "chat_template": "chatmml"}, "'chatml'"),
+    ("sft", {"init_from": "@pretrain", "data": {"train": "@data/a.jsonl"}, "chat_template": "x.jinja"}, "x.jinja"),
+    ("sft", {"init_from": "@pretrain", "data": {"train": {"a": {"path": "missing.jsonl"}}}}, "data.train.a.path"),
+    ("pretrain", {"data": {"train": "@data/a.jsonl"}}, "data.tokenizer"),
+    ("tokenizer", {}, "data.train is empty"),
+    ("finalize", {}, "init_from is required"),
+    ("reward", {"data": {"train": "@data/a.jsonl"}}, "init_from is required"),
+    ("grpo", {"init_from": "@sft", "data": {"train": "@data/a.jsonl"}}, "no reward"),
+    ("grpo", {"init_from": "@sft", "data": {"train": "@data/a.jsonl"}, "rewards": {"r": {"name": "/nonexistent.py:f"}}},
+     "rewards.r.name"),
+    ("grpo", {"init_from": "@sft", "data": {"train": "@data/a.jsonl"}, "rewards": {"r": {"name": "numeric_answer"}},
+              "gold": {"g": {"name": "/nonexistent.py:f"}}}, "gold.g.name"),
+    ("ppo", {"init_from": "@sft", "data": {"train": "@data/a.jsonl"}, "rewards": {"r": {"name": "numeric_answer"}}},
+     "critic_init"),
+    ("evaluate", {"init_from": "@sft"}, "tasks is empty"),
+    ("evaluate", {"init_from": "@sft", "tasks": {"quiz": QUIZ}}, "tasks.quiz.path is empty"),
+    ("evaluate", {"init_from": "@sft", "tasks": {"quiz": {**QUIZ, "path": "missing.jsonl"}}}, "tasks.quiz.path"),
+    ("evaluate", {"init_from": "@sft", "tasks": {"quiz": {**QUIZ, "path": "@data/a.jsonl", "num_shots": 1,
+                                                          "shots": "missing.jsonl"}}}, "tasks.quiz.shots"),
+    ("evaluate", {"init_from": "@sft", "tasks": {"sums": {"kind": "generation", "path": "@data/a.jsonl", "metrics":
+                                                          {"m": {"name": "/nonexistent.py:f"}}}}},
+     "tasks.sums.metrics.m.name"),
+    ("evaluate", {"init_from": "@sft", "baseline": "@pretrain", "judge": "/nonexistent.py:f",
+                  "tasks": {"w": {"kind": "win_rate", "path": "@data/a.jsonl"}}}, "judge"),
+]  # fmt: skip
 
 
 def folders(root) -> dict[str, str]:
@@ -53,6 +85,19 @@ def test_a_mistake_in_the_last_stage_is_said_before_the_first_runs(values, tmp_p
     for word in words:
         assert word in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("command", "fields", "words"), LATER)
+def test_what_a_later_stage_lacks_is_said_before_the_first_runs(values, tmp_path, command, fields, words):
+    values["stages"]["later"] = {"command": command, "fields": fields}
+    pipeline = config_lib.build(PipelineConfig, values)
+    with pytest.raises(ValueError, match=rf"^stages\.later: .*{re.escape(words)}"):
+        check_stages(pipeline, {**folders(tmp_path), "later": str(tmp_path / "later")})
+
+
+def test_a_reward_model_that_scores_a_file_needs_nothing_to_start_from(values, tmp_path):
+    values["stages"]["later"] = {"command": "reward", "fields": {"score": "@data/a.jsonl"}}
+    check_stages(config_lib.build(PipelineConfig, values), {**folders(tmp_path), "later": str(tmp_path / "later")})
 
 
 def test_the_presets_pass(tmp_path):
@@ -92,7 +137,7 @@ REQUIRED = """
 from ml_collections import ConfigDict, config_dict
 
 def get_config():
-    return ConfigDict({"seed": config_dict.placeholder(int, required=True), "num_epochs": 1.0, "batch_size": 8})
+    return ConfigDict({"seed": config_dict.placeholder(int, required=True), "batch_size": 8, "data": {"packing": "best_fit"}})
 """
 
 
