@@ -26,6 +26,7 @@ from jaxgpt.data.tokenizer import OUR_NAMES, Tokenizer
 ROLES = ("system", "user", "assistant", "tool")
 LossOn = Literal["assistant", "completion", "all"]
 FILE_NAME = "chat_template.jinja"
+_MARK = "70317"  # stands for an answer: digits, which no filter of a template changes
 ENCODING = 2  # goes into what cached tokens are known by; one more wherever a conversation gets other ids than before
 
 
@@ -170,9 +171,14 @@ class ChatTemplate:
         """The ids that end an assistant turn: EOS, and the template's own end marker."""
         return _turn_end(self, tokenizer).stop_ids
 
+    def answer_prefix(self, tokenizer: Tokenizer) -> str:
+        """White space that the template writes between prompt and response: a model writes it, too, but does not say it."""
+        return _turn_end(self, tokenizer).prefix
+
     def adds_bos(self, tokenizer: Tokenizer) -> bool:
         """Whether `encode` puts BOS before what the template writes."""
-        ids = self._tokenize(tokenizer, self._spans(tokenizer, [Message("user", "a")], False), has_bos=False)[0]
+        prompt = _probe(self, tokenizer)[:-1]
+        ids = self._tokenize(tokenizer, self._spans(tokenizer, prompt, False), has_bos=False)[0]
         return self._begins_with_bos(tokenizer) and (not len(ids) or ids[0] != tokenizer.bos_id)
 
     @property
@@ -278,27 +284,48 @@ class _Span(NamedTuple):
 class _TurnEnd(NamedTuple):
     """What a template writes around a response: what is before it, and the ids that end it, of which the last may be EOS.
 
-    is_written: the template itself ends a turn with a special token.
+    is_written: the template itself ends a turn with a special token. prefix: white space between prompt and response.
     """
 
     before: str
     stop_ids: tuple[int, ...]
     is_written: bool
+    prefix: str
 
 
 @functools.lru_cache(maxsize=8)
 def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> _TurnEnd:
-    talk = [Message("user", "a"), Message("assistant", "b")]
-    prompt, without = (template._render(talk[:1], is_prompt, tokenizer.names) for is_prompt in (True, False))
+    talk = _probe(template, tokenizer)
+    prompt, without = (template._render(talk[:-1], is_prompt, tokenizer.names) for is_prompt in (True, False))
     whole = template._render(talk, False, tokenizer.names)
-    if not whole.startswith(prompt):
-        raise ValueError(f"Chat template {template.name}: {_divergence(prompt, whole, 2, True)}")
-    ids, turns = template._tokenize(tokenizer, [_Span(prompt, False), _Span(whole[len(prompt) :], True)])
+    head, mark, rest = whole.rpartition(_MARK)
+    if not mark:
+        raise ValueError(f"Chat template {template.name} leaves out the content of assistant message {len(talk)}.")
+    ids, turns = template._tokenize(tokenizer, [_Span(head + mark, False), _Span(rest, True)])
     end = int(ids[turns > 0][-1])
     stop_ids = (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
-    *found, rest = template._markers(tokenizer).either.split(whole[len(prompt) :])
+    *found, rest = template._markers(tokenizer).either.split(rest)
     before = prompt[len(without) :] if prompt.startswith(without) else ""
-    return _TurnEnd(before, stop_ids, is_written=bool(found) and not rest.strip())
+    prefix = head[len(prompt) :] if head.startswith(prompt) else ""
+    is_written = bool(found) and not rest.strip()
+    return _TurnEnd(before, stop_ids, is_written, "" if prefix.strip() else prefix)
+
+
+def _probe(template: ChatTemplate, tokenizer: Tokenizer) -> list[Message]:
+    """A conversation that the template takes and that ends with the answer _MARK; it has a system message where one must be.
+
+    Raises the template's ValueError where it takes neither.
+    """
+    talk = [Message("user", "a"), Message("assistant", _MARK)]
+    try:
+        template._render(talk, False, tokenizer.names)
+    except ValueError as error:
+        talk = [Message("system", "s"), *talk]
+        try:
+            template._render(talk, False, tokenizer.names)
+        except ValueError:
+            raise error from None
+    return talk
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.stream import TextEngine
 from jaxgpt.generate.text import stop_ids
 
-_MARK = "\x01"  # stands for a response's text
-
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
@@ -34,10 +32,7 @@ class ChatFormat:
         if template is None:
             return cls(tokenizer, None, stop_ids(tokenizer), "")
         ends = dict.fromkeys((*stop_ids(tokenizer), *template.stop_ids(tokenizer)))
-        user = Message("user", "a")
-        prompt = template.render([user], add_generation_prompt=True)
-        before = template.render([user, Message("assistant", _MARK)]).removeprefix(prompt).partition(_MARK)[0]
-        return cls(tokenizer, template, tuple(ends), "" if before.strip() else before)
+        return cls(tokenizer, template, tuple(ends), template.answer_prefix(tokenizer))
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that awaits a response; ValueError where the template refuses it."""

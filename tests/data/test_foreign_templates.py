@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
-from tests.data.foreign import KINDS, foreign, sentencepiece_like
+from jaxgpt.generate.dialogue import ChatFormat
+from tests.data.foreign import KINDS, byte_level, foreign, sentencepiece_like
 from tests.data.test_chat import TALK
 
 # The shapes of the families' own templates. QWEN3 closes a block of thoughts in the answer to the last question alone.
@@ -193,3 +194,49 @@ def test_a_long_conversation_is_rendered_once_for_a_prompt(monkeypatch):
     assert rendered == [101]
     mine.encode(foreign("qwen"), talk[:-1], loss_on="completion")
     assert rendered[1:] == [99, 100]
+
+
+# DeepSeek-R1-Distill-Llama's shape: the generation prompt opens a thought that no rendered turn has.
+R1 = """\
+{{- bos_token -}}
+{%- for m in messages -%}
+    {{- "<|User|>" + m.content if m.role == "user" -}}
+    {{- "<|Assistant|>" + m.content.split("</think>")[-1] + "<|eos|>" if m.role == "assistant" -}}
+{%- endfor -%}
+{{- "<|Assistant|><think>\\n" if add_generation_prompt -}}"""
+R1_SPECIAL = ("<|bos|>", "<|User|>", "<|Assistant|>", "<|eos|>")
+
+
+def test_a_prompt_that_opens_a_thought_can_be_answered_though_not_trained_on():
+    tokenizer = byte_level(R1_SPECIAL, {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}, bos="<|bos|>")
+    mine, names = ChatTemplate(R1, "r1"), tokenizer.special_ids
+    opened = [names["<|Assistant|>"], tokenizer._tokenizer.token_to_id("<think>"), *tokenizer.encode("\n")]
+    ids = mine.encode_prompt(tokenizer, [Message("user", "hi")]).tolist()
+    assert ids == [names["<|bos|>"], names["<|User|>"], *tokenizer.encode("hi"), *opened]
+    talk = [Message("user", "hi"), Message("assistant", "yes"), Message("user", "why")]
+    said = [names["<|Assistant|>"], *tokenizer.encode("yes"), names["<|eos|>"]]
+    asked = [names["<|User|>"], *tokenizer.encode("why")]
+    assert mine.encode_prompt(tokenizer, talk).tolist() == [*ids[: -len(opened)], *said, *asked, *opened]
+    form = ChatFormat.of(tokenizer, mine)
+    assert (form.stop_ids, form.prefix) == ((names["<|eos|>"],), "")
+    with pytest.raises(ValueError, match="prompt and response cannot be told apart"):
+        mine.encode(tokenizer, talk[:2], loss_on="completion")
+
+
+def test_a_template_may_demand_a_system_message():
+    tokenizer = byte_level(R1_SPECIAL, {"eos_token": "<|eos|>"})
+    refusal = "{{ raise_exception('a system message comes first') if messages[0].role != 'system' }}"
+    body = "{% for m in messages %}<|User|>{{ m.content }}<|bos|>{% endfor %}"
+    mine = ChatTemplate(refusal + body + "{{ '<|Assistant|>' if add_generation_prompt }}", "strict")
+    names = tokenizer.special_ids
+    ids = mine.encode_prompt(tokenizer, [Message("system", "s"), Message("user", "a")])
+    assert [i for i in ids if i in names.values()] == [
+        names[f"<|{n}|>"] for n in ["User", "bos", "User", "bos", "Assistant"]
+    ]
+    with pytest.raises(ValueError, match="a system message comes first"):
+        mine.encode_prompt(tokenizer, [Message("user", "a")])
+    strict = ChatTemplate(refusal + body + "{{ '<|User|>' if add_generation_prompt }}", "strict")
+    talk = [Message("system", "s"), Message("user", "a"), Message("assistant", "b")]
+    assert strict.stop_ids(tokenizer) == (names["<|eos|>"], names["<|bos|>"])
+    assert strict.encode(tokenizer, talk, loss_on="assistant").ids[-1] == names["<|bos|>"]
+    assert not strict.adds_bos(tokenizer)
