@@ -40,7 +40,8 @@ class Config(FinetuneConfig):
 
     too_long: prompts with a response beyond data.sequence_length are dropped, or their conversations cut. report_card:
       what the model must reach on held-out pairs to be trusted by later stages. score: a file of prompts and responses to
-      score with the finished model in --workdir; output: where to (empty: scores.jsonl in the workdir).
+      score with the finished model in --workdir, of which one with "finished": false has no end (a limit cut it off); output:
+      where to (empty: scores.jsonl in the workdir).
     """
 
     reward: RewardConfig = RewardConfig()

@@ -27,7 +27,8 @@ def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:
         for record in sources.read_records(file):
             messages = chat.conversation(record, config.data.fields)
             with chat.located(f"{file}, line {record.line}"):
-                ids = model.template.encode_scored(model.tokenizer, messages).ids
+                is_finished = record.fields.get("finished") is not False  # as experiments.best_of_n writes it
+                ids = model.template.encode_scored(model.tokenizer, messages, is_finished=is_finished).ids
             if len(ids) > model.config.max_seq_length:
                 raise ValueError(
                     f"{file}, line {record.line}: {len(ids)} tokens are more than model.max_seq_length="

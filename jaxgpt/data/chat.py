@@ -114,7 +114,9 @@ class ChatTemplate:
         names = OUR_NAMES if tokenizer is None else tokenizer.names
         return markers.unescape(self._render(doubled, add_generation_prompt, names))
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: LossOn) -> Encoded:
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: LossOn, is_finished: bool = True
+    ) -> Encoded:
         """Token ids of a conversation that ends with an assistant turn, and which of them are trained on.
 
         An assistant turn is trained up to the last special token that the template ends it with; where it has none, EOS
@@ -126,6 +128,7 @@ class ChatTemplate:
           messages: the last one is the assistant's.
           loss_on: "assistant": every assistant turn with its end marker. "completion": the last one, whatever the template
             makes of those before it. "all": every token but BOS. Nothing of an UntrainedMessage is.
+          is_finished: False where a limit of its length cut the last turn off, so that nothing ends it.
 
         Raises:
           ValueError: if the last message is not the assistant's, the template fails, leaves out a response, or does not
@@ -137,7 +140,11 @@ class ChatTemplate:
             raise ValueError("A conversation to train on must end with an assistant message.")
         is_each = loss_on == "assistant" or not _turn_end(self, tokenizer).is_written
         is_each |= loss_on == "all" and any(isinstance(message, UntrainedMessage) for message in messages)
-        ids, turns = self._tokenize(tokenizer, self._spans(tokenizer, messages, is_each))
+        spans = self._spans(tokenizer, messages, is_each)
+        if not is_finished:
+            text = spans[-1].text.removesuffix(_turn_end(self, tokenizer).after)
+            spans[-1] = spans[-1]._replace(text=text, is_finished=False)
+        ids, turns = self._tokenize(tokenizer, spans)
         if loss_on == "all":
             return Encoded(ids, (ids != tokenizer.bos_id) & (turns >= 0))
         trained = turns == np.abs(turns).max() if loss_on == "completion" else turns > 0
@@ -145,15 +152,18 @@ class ChatTemplate:
             raise ValueError(f'Every assistant message that sft.loss_on={loss_on} trains on has "weight": 0.')
         return Encoded(ids, trained)
 
-    def encode_scored(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+    def encode_scored(self, tokenizer: Tokenizer, messages: Sequence[Message], *, is_finished: bool = True) -> Encoded:
         """`encode` with loss_on="completion", up to the first of `stop_ids` in the last turn, at which a reward is read.
 
         A response that a model writes ends there, too, whatever the template writes after it. One that is cut off before
-        (by a limit of its length) has no such token: its reward is read at its last token.
+        (is_finished=False: by a limit of its length) has no such token, as where the template ends this turn otherwise than
+        others: its reward is read at its last token.
         """
         last = [Message(*message) for message in messages[-1:]]  # a reward has it, whatever its weight
-        ids, trained = self.encode(tokenizer, [*messages[:-1], *last], loss_on="completion")
-        end = np.flatnonzero(trained & np.isin(ids, self.stop_ids(tokenizer)))[0] + 1
+        talk = [*messages[:-1], *last]
+        ids, trained = self.encode(tokenizer, talk, loss_on="completion", is_finished=is_finished)
+        ends = np.flatnonzero(trained & np.isin(ids, self.stop_ids(tokenizer)))[:1] + is_finished
+        end = ends[0] if len(ends) else np.flatnonzero(trained)[-1] + 1
         return Encoded(ids[:end], trained[:end])
 
     def encode_prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
@@ -221,7 +231,7 @@ class ChatTemplate:
         for span in spans:
             turn += span.is_response
             found = known.either.split(span.text)  # text, marker, text, ..., marker, text
-            has_end = len(found) > 1 and not found[-1].strip()
+            has_end = span.is_finished and len(found) > 1 and not found[-1].strip()
             for place, text in enumerate(found):
                 if not text:
                     continue
@@ -233,7 +243,7 @@ class ChatTemplate:
                 is_trained = span.is_response and (place < len(found) - 1 or not has_end)
                 parts.append(known.ids[text] if place % 2 else markers.unescape(text))
                 turn_of.append(turn * span.sign if is_trained else 0)
-            if span.is_response and not has_end:
+            if span.is_response and span.is_finished and not has_end:
                 parts.append(tokenizer.eos_id)
                 turn_of.append(turn * span.sign)
         if has_bos and self._begins_with_bos(tokenizer) and parts[:1] != [tokenizer.bos_id]:
@@ -274,20 +284,24 @@ class ChatTemplate:
 
 
 class _Span(NamedTuple):
-    """A part of a rendered conversation. sign: -1 for a response that is not to be learnt."""
+    """A part of a rendered conversation. sign: -1 for a response that is not to be learnt. is_finished: EOS ends a response
+    that has no end.
+    """
 
     text: str
     is_response: bool
     sign: int = 1
+    is_finished: bool = True
 
 
 class _TurnEnd(NamedTuple):
-    """What a template writes around a response: what is before it, and the ids that end it, of which the last may be EOS.
+    """What a template writes around a response: what is before and after it, and the ids that end it, the first is EOS.
 
     is_written: the template itself ends a turn with a special token. prefix: white space between prompt and response.
     """
 
     before: str
+    after: str
     stop_ids: tuple[int, ...]
     is_written: bool
     prefix: str
@@ -298,17 +312,17 @@ def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> _TurnEnd:
     talk = _probe(template, tokenizer)
     prompt, without = (template._render(talk[:-1], is_prompt, tokenizer.names) for is_prompt in (True, False))
     whole = template._render(talk, False, tokenizer.names)
-    head, mark, rest = whole.rpartition(_MARK)
+    head, mark, after = whole.rpartition(_MARK)
     if not mark:
         raise ValueError(f"Chat template {template.name} leaves out the content of assistant message {len(talk)}.")
-    ids, turns = template._tokenize(tokenizer, [_Span(head + mark, False), _Span(rest, True)])
+    ids, turns = template._tokenize(tokenizer, [_Span(head + mark, False), _Span(after, True)])
     end = int(ids[turns > 0][-1])
     stop_ids = (tokenizer.eos_id,) if end == tokenizer.eos_id else (tokenizer.eos_id, end)
-    *found, rest = template._markers(tokenizer).either.split(rest)
+    *found, rest = template._markers(tokenizer).either.split(after)
     before = prompt[len(without) :] if prompt.startswith(without) else ""
     prefix = head[len(prompt) :] if head.startswith(prompt) else ""
     is_written = bool(found) and not rest.strip()
-    return _TurnEnd(before, stop_ids, is_written, "" if prefix.strip() else prefix)
+    return _TurnEnd(before, after, stop_ids, is_written, "" if prefix.strip() else prefix)
 
 
 def _probe(template: ChatTemplate, tokenizer: Tokenizer) -> list[Message]:

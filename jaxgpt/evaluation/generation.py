@@ -21,10 +21,13 @@ from jaxgpt.train.load import LoadedModel
 
 
 class Answers(NamedTuple):
-    """texts: without what ended them. num_tokens: generated, the end included. truncated: prompts that lost their start."""
+    """texts: without what ended them. num_tokens: generated, the end included. finished: False where max_new cut it off.
+    truncated: prompts that lost their start.
+    """
 
     texts: list[str]
     num_tokens: list[int]
+    finished: list[bool]
     truncated: int
 
 
@@ -55,7 +58,8 @@ def generate_answers(
         encoded=[prompts.shorten(ids, limit, model.tokenizer.bos_id) for ids in encoded],
     )  # fmt: skip
     texts = [_cut(record["response"], stop) for record in records]
-    return Answers(texts, [r["num_tokens"] for r in records], sum(len(ids) > limit for ids in encoded))
+    finished = [r["stop_reason"] == "eos" or text != r["response"] for r, text in zip(records, texts, strict=True)]
+    return Answers(texts, [r["num_tokens"] for r in records], finished, sum(len(ids) > limit for ids in encoded))
 
 
 def answer_task(

@@ -46,17 +46,22 @@ class RewardModel:
         return self.model.template
 
     def score(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], where: Sequence[str], batch_size: int
-    ) -> np.ndarray:
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], where: Sequence[str], batch_size: int,
+        *, finished: Sequence[bool],
+    ) -> np.ndarray:  # fmt: skip
         """The rewards of responses, f32 [N], unshifted; conversations that are too long lose their beginning.
+
+        finished: whether each has ended; of one that was cut off the reward is read at its last token, as in training a
+        policy.
 
         Raises ValueError naming file and line of a prompt that the template cannot take.
         """
         tokenizer, limit = self.model.tokenizer, self.model.config.max_seq_length
         sequences = []
-        for prompt, response, place in zip(prompts, responses, where, strict=True):
+        for prompt, response, place, is_finished in zip(prompts, responses, where, finished, strict=True):
+            talk = [*prompt, Message("assistant", response)]
             with located(place):
-                encoded = self.template.encode_scored(tokenizer, [*prompt, Message("assistant", response)])
+                encoded = self.template.encode_scored(tokenizer, talk, is_finished=is_finished)
             everything = np.ones(len(encoded.ids), bool)
             fitted = conversations.fit(encoded, limit, "truncate_left", Counter(), everything, tokenizer.bos_id)
             sequences.append((fitted or encoded).ids)

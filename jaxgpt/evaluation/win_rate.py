@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.evaluation import prompts
 from jaxgpt.evaluation.config import TaskConfig
-from jaxgpt.evaluation.generation import answer_task, read_answer
+from jaxgpt.evaluation.generation import Answers, answer_task, read_answer
 from jaxgpt.evaluation.intervals import length_controlled_win_rate, mean_metric
 from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
@@ -25,7 +25,7 @@ class Verdicts(NamedTuple):
     scores: dict[str, np.ndarray]
 
 
-Judge = Callable[[Sequence[Example], Sequence[str], Sequence[str]], Verdicts]
+Judge = Callable[[Sequence[Example], Answers, Answers], Verdicts]
 
 
 def function_judge(name: str) -> Judge:
@@ -42,9 +42,9 @@ def function_judge(name: str) -> Judge:
             f"The judge {name} cannot be called as function(prompts, responses_a, responses_b, records): {error}."
         ) from error
 
-    def judge(examples, responses, baseline_responses) -> Verdicts:
+    def judge(examples, ours, theirs) -> Verdicts:
         where = [e.where for e in examples]
-        batch = ([e.text for e in examples], list(responses), list(baseline_responses), [e.record for e in examples])
+        batch = ([e.text for e in examples], list(ours.texts), list(theirs.texts), [e.record for e in examples])
         wins_N = checked_values(name, function, batch, where, "judge")
         for i in np.flatnonzero((wins_N < 0) | (wins_N > 1))[:1]:
             raise ValueError(
@@ -59,11 +59,13 @@ def function_judge(name: str) -> Judge:
 def reward_judge(model: RewardModel, batch_size: int) -> Judge:
     """The judge that prefers the answer with the higher reward; equal rewards tie."""
 
-    def judge(examples, responses, baseline_responses) -> Verdicts:
+    def judge(examples, ours, theirs) -> Verdicts:
         conversations = [e.messages for e in examples]
         where = [e.where for e in examples]
-        score: Any = lambda texts: model.score(conversations, texts, where, batch_size)
-        ours_N, theirs_N = score(responses), score(baseline_responses)
+        ours_N, theirs_N = (
+            model.score(conversations, answers.texts, where, batch_size, finished=answers.finished)
+            for answers in (ours, theirs)
+        )
         wins_N = np.where(ours_N == theirs_N, 0.5, (ours_N > theirs_N).astype(np.float64))
         return Verdicts(wins_N, {"reward": ours_N, "baseline_reward": theirs_N})
 
@@ -85,7 +87,7 @@ def evaluate_win_rate(
         answer_task(task, field, m, examples, turns, seed=seed, mesh=mesh, batch_size=batch_size)
         for m in (model, baseline)
     )
-    verdicts = judge(examples, ours.texts, theirs.texts)
+    verdicts = judge(examples, ours, theirs)
     wins_N = verdicts.wins_N
     lengths, baseline_lengths = (np.array([len(text) for text in answers.texts]) for answers in (ours, theirs))
     metrics = {

@@ -8,6 +8,7 @@ import pytest
 
 from jaxgpt.data.chat import Message
 from jaxgpt.evaluation.config import TaskConfig
+from jaxgpt.evaluation.generation import Answers
 from jaxgpt.evaluation.prompts import read_examples, read_prompt
 from jaxgpt.evaluation.reward_model import RewardModel
 from jaxgpt.evaluation.win_rate import evaluate_win_rate, function_judge, reward_judge
@@ -72,7 +73,7 @@ def test_changing_places_mirrors_the_verdict(model, other, reward_model, mesh, w
 
 def test_rewards_are_those_of_float64(reward_model, mesh):
     prompts, responses = [[Message("user", "?")]] * 2, ["the red house", "x"]
-    found = RewardModel(reward_model, mesh, "judge").score(prompts, responses, ["a", "b"], 1)
+    found = RewardModel(reward_model, mesh, "judge").score(prompts, responses, ["a", "b"], 1, finished=[True] * 2)
     params = jax.device_get(reward_model.params)
     for prompt, response, reward in zip(prompts, responses, found, strict=True):
         ids = reward_model.template.encode(
@@ -98,7 +99,7 @@ def test_a_function_judges(model, other, mesh, write, judges):
 def test_mistakes_of_a_judge_are_one_sentence(model, mesh, write, judges):
     path = write("prompts", {"prompt": "a", "verdict": 1}, {"prompt": "b", "verdict": 1.5})
     examples = read_examples(path, "tasks.x.path", read_prompt, {})
-    texts = ["x", "y"]
+    texts = Answers(["x", "y"], [1, 1], [True, True], 0)
     with pytest.raises(
         ValueError, match=r"returned 1\.5 for the prompt of .*prompts\.jsonl, line 2; a verdict must be in"
     ):

@@ -98,7 +98,7 @@ def test_training_scoring_and_rl_read_the_same_ids_and_so_the_same_reward(tmp_pa
     judge = Judge(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
     in_training = scoring.score_pairs(judge.scorer, plan, 2)
     in_training = np.stack([in_training.chosen_N, in_training.rejected_N], axis=1).ravel()
-    in_scoring = judge.score([[Message("user", p)] for p in prompts], responses, [""] * 4, 4)
+    in_scoring = judge.score([[Message("user", p)] for p in prompts], responses, [""] * 4, 4, finished=[True] * 4)
     reward = RewardModel(None, {}, loaded.config, shift=0.5, shares_base=False)
     in_rl = np.asarray(reward_scores(reward, {"reward": loaded.params}, rollout)) + 0.5
     np.testing.assert_allclose(in_training, in_rl, atol=1e-5)
@@ -122,3 +122,33 @@ def test_a_response_that_the_limit_cuts_off_is_read_at_its_last_token(tmp_path, 
     reward = RewardModel(None, {}, loaded.config, shift=0.0, shares_base=False)
     in_rl = np.asarray(reward_scores(reward, {"reward": loaded.params}, rollout))
     np.testing.assert_allclose([*scored.chosen_N, *scored.rejected_N], in_rl, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_a_limit_cut_off_is_judged_as_in_rl(model, name):
+    """There is neither an end marker nor anything else after it that the template writes."""
+    loaded, mesh = model
+    template = ChatTemplate(TEMPLATES[name], name)
+    responses = ["because of", "perhaps"]
+    written = [tokenizer().encode(" " + text if name == "plain" else text) for text in responses]
+    rollout = rollout_of(template, ["why?"] * 2, written)
+    reward = RewardModel(None, {}, loaded.config, shift=0.0, shares_base=False)
+    in_rl = np.asarray(reward_scores(reward, {"reward": loaded.params}, rollout))
+    judge = Judge(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
+    prompts = [[Message("user", "why?")]] * 2
+    found = judge.score(prompts, responses, [""] * 2, 2, finished=[False] * 2)
+    np.testing.assert_allclose(found, in_rl, atol=1e-5)
+    assert np.abs(found - judge.score(prompts, responses, [""] * 2, 2, finished=[True] * 2)).min() > 1e-4
+
+
+def test_a_reward_is_read_at_a_turns_own_end_where_it_is_another_than_usual():
+    source = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{{ '<|im_start|>' if loop.last and m.role == 'assistant' and loop.index > 2 else '<|im_end|>' }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    talk = [Message(role, "a") for role in ("user", "assistant", "user", "assistant")]
+    ids = ChatTemplate(source, "odd").encode_scored(tokenizer(), talk).ids
+    assert ids[-1] not in ChatTemplate(source, "odd").stop_ids(tokenizer())
+    assert tokenizer().decode(ids).endswith("assistant: a")
+    assert ids[-1] == ChatTemplate(source, "odd").encode(tokenizer(), talk, loss_on="all").ids[-1]
