@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import partition
+from jaxgpt.data.chat import located
 from jaxgpt.data.prompts import PromptSet
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.rl.advantages import apply_missing_eos
@@ -83,7 +84,8 @@ def best_of_n(
         texts = response_texts(start.tokenizer, rollout)
         kept = []
         for row, i in enumerate(chosen):
-            best = choose(values["score"][row], finished[row], keep_unfinished=config.keep_unfinished)
+            with located(prompts.where[i]):
+                best = choose(values["score"][row], finished[row], keep_unfinished=config.keep_unfinished)
             if best is not None:
                 kept.append(_record(
                     prompts.records[i], prompts.texts[i], texts[row * size :][:size],
@@ -95,8 +97,10 @@ def best_of_n(
 def choose(scores_N: np.ndarray, finished_N: np.ndarray, *, keep_unfinished: bool) -> int | None:
     """Which response to keep: the first of the highest score among those that have ended; None where none has.
 
-    keep_unfinished: among all of them.
+    keep_unfinished: among all of them. Raises ValueError for a score that is not finite, of which nothing can be said.
     """
+    for score in np.asarray(scores_N)[~np.isfinite(scores_N)][:1]:
+        raise ValueError(f"a response has the score {score}, so that it cannot be said which one is the best.")
     if keep_unfinished:
         return int(np.argmax(scores_N))
     return int(np.argmax(np.where(finished_N, scores_N, -np.inf))) if finished_N.any() else None
@@ -134,7 +138,8 @@ def expected_best(values: Sequence[float], scores: Sequence[float] | np.ndarray,
 def curve(rows: Sequence[dict[str, Any]], *, keep_unfinished: bool) -> list[dict[str, float]]:
     """For k = 1, 2, 4, ... n: {"k", "kl" (its bound, nats), "score", "gold" where there is one}, means over the records.
 
-    Of k responses the best is as of `choose`; where all of them were cut off, one of those counts.
+    They are of the prompts that were kept: one whose responses were all cut off has no record, and counts for no k. Of k
+    responses the best is as of `choose`; where all of them were cut off, one of those counts.
     """
     size = len(rows[0]["scores"])
     # Places in the order of choice, in which what must not be kept comes before all others.

@@ -19,6 +19,13 @@ def test_a_response_that_was_cut_off_is_never_the_best_one():
 
 
 @pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_chooses_nothing(score, keep):
+    with pytest.raises(ValueError, match=f"a response has the score {score}, so that it cannot be said which"):
+        choose(np.array([score, 1.0]), np.array([True, True]), keep_unfinished=keep)
+
+
+@pytest.mark.parametrize("keep", [False, True])
 def test_the_curve_is_of_the_responses_that_would_be_kept(keep):
     """The mean over all choices of k, of which a finished one is taken where there is one."""
     rng = np.random.default_rng(0)
