@@ -139,7 +139,7 @@ def test_the_projects_configs_are_found_from_any_folder(tmp_path, monkeypatch):
      ("def get_config():\n    return int('x')\n", "line 2: ValueError: invalid literal"),
      ("def get_config():\n    return b'\\xff'.decode()\n", "line 2: UnicodeDecodeError"),
      ("def get_config():\n    d = {}\n    d['data'] = d\n    return d\n", "data.data.data... is nested too deeply"),
-     ("def get_config():\n    return " + "-" * 300_000 + "1\n", "my_config.py: MemoryError.")],
+     ("def get_config():\n    return " + "-" * 300_000 + "1\n", "my_config.py: MemoryError")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_config_file_is_the_users_own_mistake(config_file, text, words):
     with pytest.raises(ValueError, match=".") as caught:
