@@ -6,7 +6,7 @@ import re
 import pytest
 
 from experiments import cli, sweep
-from experiments.pipeline import main
+from experiments.pipeline import compare, main
 from experiments.stage_configs import check_stages
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
@@ -155,3 +155,11 @@ def test_what_a_config_file_leaves_to_the_stage_is_no_mistake_where_the_stage_se
             check_stages(pipeline, folders(tmp_path))
     else:
         check_stages(pipeline, folders(tmp_path))
+
+
+def test_prompts_to_compare_that_are_not_utf8_are_named_with_their_line(values, tmp_path):
+    values["compare"] |= {"stages": ["sft"], "prompts_file": "@data/bad.jsonl"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bad.jsonl").write_bytes(b'{"prompt": "1"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not valid UTF-8"):
+        compare(config_lib.build(PipelineConfig, values), folders(tmp_path), {"sft": "0" * 64})
