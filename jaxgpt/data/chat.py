@@ -442,6 +442,9 @@ def _messages(record: Record, name: str, fields: Mapping[str, str], role: str | 
     return [_message(record, f"{key}[{i}]", item) for i, item in enumerate(value)]
 
 
+SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of a message's other keys that are as good as no key
+
+
 def _message(record: Record, where: str, item: Any) -> Message:
     if not isinstance(item, dict):
         raise _error(record, f"{where} must be an object with role and content, not {type(item).__name__}")
@@ -459,7 +462,9 @@ def _message(record: Record, where: str, item: Any) -> Message:
         item["content"].encode()
     except UnicodeEncodeError as error:
         raise _error(record, f"{where} has half a surrogate pair at character {error.start}") from error
-    others = [key for key, value in item.items() if key not in (*Message._fields, "weight") and value is not None]
+    others = [
+        key for key, value in item.items() if key not in (*Message._fields, "weight") and value not in SAYS_NOTHING
+    ]
     if others:
         raise _error(
             record, f"{where}.{others[0]} is not supported: of a message only role, content and weight are used"

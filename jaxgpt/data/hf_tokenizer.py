@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.data.marker_names import KNOWN_MARKERS
 from jaxgpt.json_object import parse_object
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -23,8 +24,8 @@ class HFTokenizer:
 
     It gives the ids that transformers gives, but for special tokens, which never come out of text here. bos_id: the
     special token that it puts before a text, None where it puts none. pad_id: EOS where it has no padding token.
-    special_ids: name -> id of all special tokens. vocab_size: the largest id and one. digest: sha256 (hex) of the file and
-    of the names of the three tokens.
+    special_ids: name -> id of all special tokens, and of KNOWN_MARKERS that the file says are none. vocab_size: the largest
+    id and one. digest: sha256 (hex) of the file and of the names of the three tokens.
 
     names: what tokenizer_config.json says of bos_token, eos_token and pad_token.
     """
@@ -34,7 +35,8 @@ class HFTokenizer:
         self.names = {name: names.get(name) for name in _NAMES}
         library = _library()
         try:
-            self._tokenizer: Any = library.Tokenizer.from_str(source)
+            spec = _with_markers(json.loads(source))
+            self._tokenizer: Any = library.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"The file {FILE} cannot be read: {error}.") from error
         self.special_ids = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -50,7 +52,6 @@ class HFTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._takes_left = {i for i, token in added.items() if token.lstrip}
         self._takes_right = {i for i, token in added.items() if token.rstrip}
-        spec = json.loads(source)
         self._within: Any = library.Tokenizer.from_str(json.dumps(_without_first_prefix(spec)))
         for each in (self._tokenizer, self._within):
             each.no_padding()
@@ -139,6 +140,13 @@ class HFTokenizer:
         if found is None:
             raise ValueError(f"{CONFIG}: {role}={name!r} is no token of {FILE}.")
         return found
+
+
+def _with_markers(spec: dict) -> dict:
+    """A tokenizer.json in which the known markers are special tokens, as many fine-tuned models' files do not say."""
+    is_other = lambda token: token["content"] in KNOWN_MARKERS and not token.get("special")
+    changed = lambda token: token | {"special": True, "normalized": False} if is_other(token) else token
+    return spec | {"added_tokens": [changed(token) for token in spec.get("added_tokens", ())]}
 
 
 def _token_bytes(spec: dict, tokenizer: Any) -> Iterator[tuple[int, bytes]]:

@@ -4,17 +4,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from jaxgpt.data.tokenizer import META, RESERVED, ROLES, Tokenizer
+from jaxgpt.data.marker_names import ALIASES, KNOWN_MARKERS, RESERVED
+from jaxgpt.data.tokenizer import Tokenizer
 
-# Markers of other models' templates, on the reserved tokens that stand for them where a tokenizer has no such piece.
-_BOS, _EOS, _END = META[1], META[2], ROLES[-1]
-_ALIASES = {
-    "<|im_start|>": RESERVED[0], "<|im_end|>": _END,
-    "<|start_header_id|>": RESERVED[0], "<|end_header_id|>": RESERVED[1], "<|eot_id|>": _END,
-    "<start_of_turn>": RESERVED[0], "<end_of_turn>": _END,
-    "<|begin_of_text|>": _BOS, "<|end_of_text|>": _EOS, "<|endoftext|>": _EOS, "<s>": _BOS, "</s>": _EOS,
-}  # fmt: skip
-KNOWN_MARKERS = {*_ALIASES, _BOS, _EOS, *ROLES}
 _ESCAPE = "\ue000"  # follows the first character of what must not be taken for a marker; a text's own is doubled
 
 
@@ -50,7 +42,7 @@ def markers_of(tokenizer: Tokenizer, has_known: bool) -> Markers:
 def marker_aliases(tokenizer: Tokenizer) -> dict[str, str]:
     """Markers of other models' templates and the reserved tokens that stand for them; none where the tokenizer is theirs."""
     special = tokenizer.special_ids
-    return {name: target for name, target in _ALIASES.items() if name not in special} if is_ours(tokenizer) else {}
+    return {name: target for name, target in ALIASES.items() if name not in special} if is_ours(tokenizer) else {}
 
 
 def escape(content: str, markers: Markers) -> str:

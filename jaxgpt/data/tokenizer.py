@@ -16,12 +16,10 @@ import sentencepiece
 
 from jaxgpt.data.hf_tokenizer import FILE as HF_FILE
 from jaxgpt.data.hf_tokenizer import SPACE, HFTokenizer
+from jaxgpt.data.marker_names import META, RESERVED, ROLES
 
 # Reserved from the start, so that no later stage resizes a vocabulary: ids 0, 1, 2, ... in this order.
-META = ("<pad>", "<bos>", "<eos>", "<unk>")
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 OUR_NAMES = {"bos_token": META[1], "eos_token": META[2], "pad_token": META[0]}
-RESERVED = tuple(f"<|reserved_{i}|>" for i in range(7))
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 
 RAW = re.compile("[\u2581\0]")  # characters that sentencepiece does not keep apart; they become byte pieces here

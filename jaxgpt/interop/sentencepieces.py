@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
-from jaxgpt.data.markers import KNOWN_MARKERS
+from jaxgpt.data.marker_names import KNOWN_MARKERS
 from jaxgpt.data.tokenizer import BYTES, RESERVED, SPACE
 
 _PROTO: Any = sentencepiece_model_pb2  # its classes are made as it is imported

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxgpt import config as config_lib
-from jaxgpt.data.chat import ROLES, Message
+from jaxgpt.data.chat import ROLES, SAYS_NOTHING, Message
 from jaxgpt.generate.batching import MAX_ALTERNATIVES
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.engine import Request
@@ -291,8 +291,8 @@ def _message(item: Any, where: str) -> Message:
         nearest = difflib.get_close_matches(str(role)[:100], ROLES, n=1, cutoff=0.0)[0]
         message = f"{where}.role={role!r} is not one of {', '.join(ROLES)}; the nearest is {nearest!r}."
         raise invalid(f"{where}.role", message)
-    known = ("role", "content", "name", "refusal")
-    unknown = [str(key) for key, value in item.items() if value is not None and key not in known]
+    known = ("role", "content", "refusal")
+    unknown = [str(key) for key, value in item.items() if key not in known and value not in SAYS_NOTHING]
     if unknown:
         message = f"{where}.{unknown[0]} is not supported; leave it out."
         raise ApiError(400, message, param=f"{where}.{unknown[0]}", code="unsupported_parameter")

@@ -16,6 +16,7 @@ from jaxgpt.data import chat
 from jaxgpt.data.chat import ChatTemplate, Message
 from jaxgpt.data.sources import Record, present_field, required_field
 from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.serving import protocol
 
 SIZES = {"bpe": 340, "unigram": 330, "char": 10_000, "word": 310}
 TEXTS = ["Q: why is it so?\nA: because it is so.\n", "user\nassistant\n the end of it all, or not? No.\n"] * 40
@@ -470,6 +471,15 @@ def test_what_a_template_would_not_be_given_is_refused_by_name(more, beside, mes
         chat.conversation(record(messages=messages, **beside), {})
     messages[1] = messages[1] | dict.fromkeys(more)  # as parquet has what only other rows have
     assert chat.conversation(record(messages=messages, **dict.fromkeys(beside)), {}) == PAIR
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}])
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "name"])
+def test_an_empty_value_says_nothing_in_data_and_to_the_server(key, value):
+    messages = dicts(*PAIR)
+    messages[1][key] = value
+    assert chat.conversation(record(messages=messages), {}) == PAIR
+    assert protocol._message(messages[1], "messages[1]") == PAIR[1]
 
 
 def test_a_weight_is_for_the_assistant():

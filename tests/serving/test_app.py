@@ -185,6 +185,7 @@ FIELDS = [
     (CHAT, "messages", [{"role": "usr", "content": "a"}], 400, "invalid_value", "nearest is 'user'"),
     (CHAT, "messages", [{"role": "user"}], 400, "invalid_value", "must be a text"),
     (CHAT, "messages", [{**HELLO[0], "tool_calls": [1]}], 400, "unsupported_parameter", "not supported"),
+    (CHAT, "messages", [{**HELLO[0], "name": "Ann"}], 400, "unsupported_parameter", "not supported"),
     (CHAT, "messages", [*HELLO, {"role": "assistant", "content": "b"}], 400, "invalid_value", "must end with a user"),
     (CHAT, "top_logprobs", 2, 400, "invalid_value", "needs logprobs"),
     (CHAT, "tools", [{}], 400, "unsupported_parameter", "not supported"),
