@@ -66,7 +66,7 @@ def run(stage: str, arguments: list[str], *, root: str, fault: Any = None) -> Ou
         install(root, counter, fault)
         if stage == "pipeline":
             _fork_stages()
-        _command(stage, arguments)
+        run_stage(stage, arguments)
 
     return _run(child, counter)
 
@@ -86,7 +86,7 @@ def _run(child: Callable[[], None], counter: Any) -> Outcome:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            _finish(child)
+            finish(child)
         try:
             code = _wait(pid)
         except BaseException:  # the campaign is ended
@@ -115,12 +115,13 @@ def _wait(pid: int) -> int | None:
         time.sleep(0.01)
 
 
-def _command(stage: str, arguments: list[str]) -> None:
+def run_stage(stage: str, arguments: list[str]) -> None:
+    """Run a command as `python -m experiments.STAGE` would."""
     sys.argv = [f"experiments/{stage}.py", *arguments]
     runpy.run_module(f"experiments.{stage}", run_name="__main__", alter_sys=True)
 
 
-def _finish(function: Callable[[], None]) -> NoReturn:
+def finish(function: Callable[[], None]) -> NoReturn:
     """Call the function and end the process as Python would at its end."""
     code: Any = 0
     try:
@@ -156,7 +157,7 @@ class _Stages:
             for line in asked:
                 pid = os.fork()
                 if not pid:
-                    _finish(functools.partial(_command, *json.loads(line)))
+                    finish(functools.partial(run_stage, *json.loads(line)))
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 os.write(self._answer, f"{code}\n".encode())
         os._exit(0)

@@ -9,20 +9,19 @@ any has failed.
 """
 
 import argparse
-import atexit
 import collections
+import functools
 import importlib
 import os
-import runpy
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import warnings
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from tests.chaos.forks import finish, run_stage
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CPU_SECONDS = 2.0  # after imports
@@ -66,7 +65,7 @@ def run(stage: str, arguments: list[str], folder: str = ROOT) -> Outcome:
             for source, target in ((null, 0), (out.fileno(), 1), (err.fileno(), 2)):
                 os.dup2(source, target)
             os.chdir(folder)
-            _finish(stage, arguments)
+            finish(functools.partial(run_stage, stage, arguments))
         code, seconds = _wait(pid)
         said = []
         for file in (out, err):
@@ -86,24 +85,6 @@ def _wait(pid: int) -> tuple[int | None, float]:
             os.waitpid(pid, 0)
             return None, TIMEOUT_SECONDS
         time.sleep(0.005)
-
-
-def _finish(stage: str, arguments: list[str]) -> NoReturn:
-    """Run the command and end the process as Python would at its end."""
-    code: Any = 0
-    try:
-        sys.argv = [f"experiments/{stage}.py", *arguments]
-        runpy.run_module(f"experiments.{stage}", run_name="__main__", alter_sys=True)
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def listing(folder: str) -> dict[str, tuple[int, int]]:
