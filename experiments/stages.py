@@ -4,6 +4,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -47,7 +48,8 @@ def wait(child: subprocess.Popen) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = child.wait()
+        while (code := child.poll()) is None:
+            time.sleep(0.05)  # Python would hear a signal that comes just before a wait without end only after it
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -30,10 +30,7 @@ def main(arguments: list[str]) -> int:
         for added in environments:
             print(*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(command))
         return 0
-    processes = [
-        subprocess.Popen(command, env=os.environ | added, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for added in environments
-    ]
+    processes: list[subprocess.Popen] = []
     heard: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -47,6 +44,14 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    for added in environments:
+        processes.append(
+            subprocess.Popen(
+                command, env=os.environ | added, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+        if heard:
+            processes[-1].terminate()  # the signal came before there was this one
     printers = [threading.Thread(target=forward, args=(i, p)) for i, p in enumerate(processes)]
     for printer in printers:
         printer.start()

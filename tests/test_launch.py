@@ -51,7 +51,8 @@ def test_the_first_bad_end_ends_the_job_and_is_named(end, code, how):
 ])  # fmt: skip
 def test_a_signal_reaches_every_process_and_their_exit_code_is_the_jobs(number, code, expected):
     script = (
-        f"import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit({code}))\nprint('ready')\ntime.sleep(600)"
+        f"import signal, time, sys\nsignal.signal(15, lambda *_: sys.exit({code}))\nprint('ready')\n"
+        "while True: time.sleep(0.01)"  # one long sleep would not end for a signal that comes just before it
     )
     job = subprocess.Popen(
         [sys.executable, "-m", "launch.local", "--", sys.executable, "-c", script], stdout=subprocess.PIPE,
@@ -60,7 +61,10 @@ def test_a_signal_reaches_every_process_and_their_exit_code_is_the_jobs(number, 
     assert job.stdout is not None
     assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
     job.send_signal(number)
-    _, err = job.communicate(timeout=300)  # less than a process sleeps: it was the signal that ended them
+    try:
+        _, err = job.communicate(timeout=300)
+    finally:
+        job.kill()
     assert job.returncode == expected
     assert err == "", "a job that has saved is no failure"
 

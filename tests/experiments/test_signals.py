@@ -11,6 +11,7 @@ from experiments.stages import wait
 from jaxgpt.train.workdir import Stopped
 from tests.experiments.conftest import ROOT, environment
 
+SLEEP = "while True: time.sleep(0.01)"  # Python would hear a signal that comes just before one long sleep only after it
 CASES = [(signal.SIGTERM, 42, "Preempted"), (signal.SIGINT, 130, "Interrupted")]
 
 
@@ -37,13 +38,16 @@ def stopped(arguments: list[str], number: int) -> subprocess.CompletedProcess:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 @pytest.mark.parametrize(("number", "code", "word"), CASES)
 def test_while_modules_are_imported(number, code, word):
-    script = "import sys, time; sys.argv = ['-m']; import experiments; print('ready', flush=True); time.sleep(60)"
+    script = "import sys, time; sys.argv = ['-m']; import experiments; print('ready', flush=True)\n" + SLEEP
     done = stopped(["-c", script], number)
     assert done.returncode == code
     assert done.stderr == f"{word}; the same command starts again, or goes on where it was.\n"
@@ -54,7 +58,7 @@ def test_while_modules_are_imported(number, code, word):
 ])  # fmt: skip
 def test_while_a_command_starts(tmp_path, number, code, word, flags):
     config = tmp_path / "slow.py"
-    config.write_text("import time\n\ndef get_config():\n    print('ready', flush=True)\n    time.sleep(60)\n")
+    config.write_text(f"import time\n\ndef get_config():\n    print('ready', flush=True)\n    {SLEEP}\n")
     command = ["-m", "experiments.tokenizer", f"--config={config}", f"--workdir={tmp_path}/run", *flags]
     done = stopped(command, number)
     assert done.returncode == code, done.stderr
@@ -89,12 +93,14 @@ def test_a_second_signal_while_it_ends_changes_nothing(first, second, code, caps
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-STAGE = """
+STAGE = (
+    """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: os._exit(int(sys.argv[2])))
 os.kill(os.getppid(), int(sys.argv[1]))
-time.sleep(60)
 """
+    + SLEEP
+)
 
 
 @pytest.mark.parametrize("code", [42, 0])
