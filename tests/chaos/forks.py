@@ -168,8 +168,8 @@ class _Stages:
         print(json.dumps([command, arguments]), file=self._ask, flush=True)
         return self
 
-    def wait(self) -> int:
-        """The exit code of the stage."""
+    def poll(self) -> int:
+        """The exit code of the stage, when it has ended."""
         return int(self._answers.readline())
 
 
