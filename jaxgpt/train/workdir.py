@@ -177,7 +177,15 @@ def _clear(folder: str) -> None:
 
 
 def write_atomic(path: str, text: str) -> None:
-    """Replace the file at once and durably: a reader, or a restart after a kill, sees the old or the new text whole."""
+    """Replace the file at once and durably: a reader, or a restart after a kill, sees the old or the new text whole.
+
+    A link is followed; a device or a pipe is written to, and stays what it is.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -283,3 +283,13 @@ def test_what_an_earlier_version_did_not_note_is_said_and_not_refused(capsys):
     assert "data.train" in capsys.readouterr().err
     with pytest.raises(ValueError, match="init_from has other content"):
         workdirs.check_sources("runs/x", {"init_from": "a" * 64}, {"init_from": "c" * 64, "data.train": "b" * 64})
+
+
+def test_a_link_is_followed_and_a_device_stays_one(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for name, target in (("link", tmp_path / "file"), ("device", "/dev/null")):
+        (tmp_path / name).symlink_to(target)
+        workdirs.write_atomic(str(tmp_path / name), "new")
+        assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "file", "link"]
