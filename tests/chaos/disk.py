@@ -10,6 +10,7 @@ sentence, without a traceback and without a manifest of what is not there; run a
 import functools
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ def check(world: World, name: str, done: forks.Outcome) -> list[str]:
             changed = [line for line in changed if not line.split()[0].endswith((*_DRAWN, ".tmp", "plots"))]
         return changed
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    if len(lines) == 2 and re.fullmatch(r"error: the stage \w+ ended with exit code 2, unfinished\.", lines[1]):
+        lines.pop()  # a pipeline's, behind the sentence of its stage
     problems = []
     if done.code != 2:
         problems.append(f"exit code {done.code}: {done.error}"[:300])
