@@ -32,6 +32,8 @@ from jaxgpt.models.layers import (
 from jaxgpt.partition import shard
 from jaxgpt.types import Array, Params
 
+VALUE_HEAD = "value_head"  # among the parameters of a policy whose trunk serves the critic, too
+
 
 class KVCache(struct.PyTreeNode):
     """Keys and values of the tokens so far, for a fixed number of slots S.

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxgpt import numerics
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.decoder import VALUE_HEAD
 from jaxgpt.numerics import KLEstimator, masked_sum
 from jaxgpt.types import Array, Metrics, Objective, Params, Trajectory
 
 Aggregation = Literal["token", "sequence", "constant"]
 KLPlace = Literal["reward", "loss"]
-VALUE_HEAD = "value_head"  # among a policy's parameters, where its trunk serves the critic, too
 
 
 @dataclasses.dataclass(frozen=True)

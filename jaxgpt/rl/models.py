@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxgpt import partition, tree
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.objectives.ppo import VALUE_HEAD, make_policy, make_ppo, make_value
+from jaxgpt.models.decoder import VALUE_HEAD
+from jaxgpt.objectives.ppo import make_policy, make_ppo, make_value
 from jaxgpt.objectives.reward import last_token_rewards
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.rl import advantages

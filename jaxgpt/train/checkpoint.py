@@ -17,7 +17,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxgpt.objectives.ppo import VALUE_HEAD
+from jaxgpt.models.decoder import VALUE_HEAD
 from jaxgpt.train.workdir import write_atomic
 from jaxgpt.types import Params, TrainState
 

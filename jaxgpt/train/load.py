@@ -14,7 +14,7 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
-from jaxgpt.objectives.ppo import VALUE_HEAD
+from jaxgpt.models.decoder import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.train.artifact import check_files, check_identity, is_artifact, load_artifact
 from jaxgpt.train.checkpoint import check_named_step, newest_good_step, restore_params, stored_sources

@@ -12,8 +12,8 @@ from jaxgpt import partition
 from jaxgpt.config import build
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
+from jaxgpt.models.decoder import VALUE_HEAD
 from jaxgpt.objectives.ppo import (
-    VALUE_HEAD,
     PPOConfig,
     kl_loss,
     make_policy,
