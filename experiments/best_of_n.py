@@ -26,7 +26,8 @@ from jaxgpt.config import to_dict
 from jaxgpt.rl.best_of_n import BestOfNConfig, best_of_n, curve
 from jaxgpt.rl.models import RewardModel, read_reward_model
 from jaxgpt.rl.rewards import check_records, function_digests
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 from jaxgpt.train.config import check_mesh
 from jaxgpt.train.finetune import Start, start_from
 
@@ -45,7 +46,7 @@ def main(config: BestOfNConfig, workdir: str) -> None:
     resolved = to_dict(config) | {"init_from": os.path.abspath(config.init_from)}
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
-        if workdirs.read_manifest(workdir):
+        if manifests.read_manifest(workdir):
             print(f"{workdir} is finished.")
             return
         sample(config, workdir, start, reward, mesh, resolved)
@@ -97,7 +98,7 @@ def sample(
     points = curve(rows, keep_unfinished=config.keep_unfinished)
     for point in points:
         print(", ".join(f"{name} {value:.4g}" for name, value in point.items()))
-    workdirs.write_manifest(workdir, workdirs.base_manifest(
+    manifests.write_manifest(workdir, manifests.base_manifest(
         stage="best_of_n", config=to_dict(config), tokenizer_digest=start.tokenizer.digest,
         chat_template_digest=start.template.digest, special_ids=start.tokenizer.special_ids,
         vocab_size=start.tokenizer.vocab_size, data_fingerprint=prompts.fingerprint, parents=parents,

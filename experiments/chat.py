@@ -21,7 +21,7 @@ from jaxgpt.generate.engine import Engine
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.stream import TextEngine
 from jaxgpt.partition import MeshConfig, check_decoding
-from jaxgpt.train.load import load_model
+from jaxgpt.runs.load import load_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ from jaxgpt.data.sources import check_fields
 from jaxgpt.models import lora
 from jaxgpt.objectives.dpo import DPOConfig, make_dpo, sequence_logprobs
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.runs.load import abstract_params, load_trunk, without_adapters
 from jaxgpt.train.config import check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
-from jaxgpt.train.load import abstract_params, load_trunk, without_adapters
 from jaxgpt.train.run import Stage
 from jaxgpt.train.throughput import training_flops_per_token
 from jaxgpt.types import Array, PairBatch, Params

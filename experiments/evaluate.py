@@ -20,7 +20,8 @@ from jaxgpt.evaluation import results
 from jaxgpt.evaluation.config import EvaluateConfig
 from jaxgpt.evaluation.run import Evaluation, read_digests, read_parents
 from jaxgpt.json_object import to_json
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 
 FREE_FIELDS = ("mesh", "batch_size")  # they change no result
 Config = EvaluateConfig
@@ -31,7 +32,7 @@ def main(config: EvaluateConfig, workdir: str) -> None:
     config.check_complete()
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, to_dict(config), ignore=FREE_FIELDS)
-        done = workdirs.read_manifest(workdir)
+        done = manifests.read_manifest(workdir)
         if done is not None:
             print(f"{workdir} is finished: {_summary(done['final_metrics'])}.")
             renew_report(workdir)
@@ -87,13 +88,13 @@ def read_results(path: str, inputs: dict) -> dict:
 def finish(config: EvaluateConfig, workdir: str, evaluation: Evaluation, inputs: dict, found: dict) -> None:
     """The manifest, the report and the table."""
     model = evaluation.model
-    manifest = workdirs.base_manifest(
+    manifest = manifests.base_manifest(
         stage="evaluate", config=to_dict(config), parents=inputs["parents"], data=inputs["data"],
         tokenizer_digest=model.tokenizer.digest,
         chat_template_digest=model.template.digest if model.template is not None else None,
         final_metrics=results.final_metrics(found), intervals=results.intervals(found),
     )  # fmt: skip
-    workdirs.write_manifest(workdir, manifest)
+    manifests.write_manifest(workdir, manifest)
     print(f"\n{results.table(found)}\n")
     try_report(workdir)
 

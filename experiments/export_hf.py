@@ -14,8 +14,9 @@ from experiments import cli
 from jaxgpt import partition
 from jaxgpt.interop.checkpoint import Dtype, export_checkpoint, read_config
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.load import load_plain, read_run
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.load import load_plain, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,12 @@ def main(config: Config, workdir: str) -> None:
         raise ValueError("An export runs in one process; start it without a launcher.")
     run = read_run(config.init_from)
     source = run.manifest()
-    manifest = workdirs.base_manifest(
+    manifest = manifests.base_manifest(
         stage="export",
         dtype=config.dtype,
         parents={"init_from": {"path": os.path.abspath(run.workdir), "digest": run.digest()}},
     )
-    done = workdirs.read_manifest(workdir)
+    done = manifests.read_manifest(workdir)
     if done is not None:
         if (done["stage"], done.get("parents"), done.get("dtype")) != ("export", manifest["parents"], config.dtype):
             raise ValueError(f"--workdir={workdir} holds another model; use another folder for this one.")
@@ -53,7 +54,7 @@ def main(config: Config, workdir: str) -> None:
             reward_shift=source.get("reward_shift", 0.0),
             notes={"jaxgpt": {"digest": run.digest(), "stage": source["stage"]}},
         )  # fmt: skip
-        workdirs.write_manifest(folder, manifest)
+        manifests.write_manifest(folder, manifest)
     print(f"{workdir}: {config.init_from} as {read_config(workdir)['architectures'][0]}.")
 
 

@@ -27,8 +27,8 @@ from jaxgpt.json_object import to_json
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.memory import cache_bytes, check_fits
 from jaxgpt.partition import MeshConfig, check_decoding
-from jaxgpt.train.load import LoadedModel, load_model
-from jaxgpt.train.workdir import write_atomic
+from jaxgpt.runs.load import LoadedModel, load_model
+from jaxgpt.runs.workdir import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)

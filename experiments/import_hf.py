@@ -14,7 +14,8 @@ import jax
 
 from experiments import cli
 from jaxgpt.interop.checkpoint import import_checkpoint
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def main(config: Config, workdir: str) -> None:
         raise ValueError("source is required: --config.source=DIR, the folder of a checkpoint of transformers.")
     if jax.process_count() > 1:
         raise ValueError("An import runs in one process; start it without a launcher.")
-    manifest, source = workdirs.read_manifest(workdir), os.path.abspath(config.source)
+    manifest, source = manifests.read_manifest(workdir), os.path.abspath(config.source)
     if manifest is None:
         with workdirs.new_folder(workdir) as folder:
             manifest = import_checkpoint(source, folder, config.dtype)

@@ -16,8 +16,9 @@ from jaxgpt.config import check_bounds, to_dict
 from jaxgpt.data.arithmetic import write_arithmetic
 from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
 from jaxgpt.data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import file_digest
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.artifact import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def main(config: Config, workdir: str) -> None:
     """Write the files, and a manifest with their digests."""
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, to_dict(config))
-        if workdirs.read_manifest(workdir):
+        if manifests.read_manifest(workdir):
             print(f"{workdir} is finished.")
             return
         workdirs.write_config(workdir, to_dict(config))
@@ -68,7 +69,7 @@ def main(config: Config, workdir: str) -> None:
                 heldout_fraction=config.heldout_fraction, seed=config.seed,
             ))  # fmt: skip
         files = sorted(name for name in os.listdir(workdir) if name.endswith(".jsonl"))
-        workdirs.write_manifest(workdir, workdirs.base_manifest(
+        manifests.write_manifest(workdir, manifests.base_manifest(
             stage="data", config=to_dict(config), files={name: file_digest(os.path.join(workdir, name)) for name in files}
         ))  # fmt: skip
 

@@ -25,7 +25,8 @@ from jaxgpt.json_object import to_json
 from jaxgpt.pipeline import expectations
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig, key, substitute
 from jaxgpt.reporting.pipeline_report import Lineage, Verdict, held, write_pipeline_report
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 
 
 def main(config: PipelineConfig, workdir: str) -> None:
@@ -43,14 +44,14 @@ def main(config: PipelineConfig, workdir: str) -> None:
             stage = config.stages[name]
             parents = {parent: digests[parent] for parent in sorted(stage.parents())}
             wanted = key(cli.plain_config(stage.spec), stage, parents)
-            manifest = workdirs.read_manifest(folders[name])
+            manifest = manifests.read_manifest(folders[name])
             is_new = manifest is None or record.get(name) != wanted
             if manifest is None or is_new:
                 put_aside(workdir, name, is_other=record.get(name) != wanted)
                 workdirs.write_atomic(path, json.dumps(record | {name: wanted}, indent=2) + "\n")
                 record[name] = wanted
                 manifest = run_stage(name, stage, folders)
-            digests[name] = workdirs.manifest_digest(manifest)
+            digests[name] = manifests.manifest_digest(manifest)
             verdicts = judge(stage, folders[name], manifest)
             lineage[name] = Lineage(stage.title, digests[name], stage.parents(), verdicts)
             result = workdirs.summary(manifest.get("final_metrics", {}))
@@ -62,7 +63,7 @@ def main(config: PipelineConfig, workdir: str) -> None:
                 end(workdir, name, lineage, failed)
         samples = compare(config, folders, digests)
         parents = {name: {"path": os.path.abspath(folders[name]), "digest": digests[name]} for name in order}
-        workdirs.write_manifest(workdir, workdirs.base_manifest(stage="pipeline", parents=parents))
+        manifests.write_manifest(workdir, manifests.base_manifest(stage="pipeline", parents=parents))
         report = write_pipeline_report(workdir, lineage, samples)
         print(f"{held(lineage)} Report: {report}")
 
@@ -82,7 +83,7 @@ def put_aside(root: str, name: str, *, is_other: bool) -> None:
 def run_stage(name: str, stage: StageConfig, folders: dict[str, str]) -> dict:
     """Run a stage's command and return its manifest; its failure ends the pipeline with its exit code."""
     code = wait(start_stage(stage, stage.title or name, folders[name], folders))
-    manifest = workdirs.read_manifest(folders[name])
+    manifest = manifests.read_manifest(folders[name])
     if code or manifest is None:
         fail(f"the stage {name} ended with exit code {code}{'' if manifest else ', unfinished'}.", code or 1)
     return manifest

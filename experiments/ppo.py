@@ -23,8 +23,8 @@ from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder, RewardModel, read_gold_model, read_reward_model
 from jaxgpt.rl.program import make_program
 from jaxgpt.rl.rewards import check_records, function_digests
+from jaxgpt.runs.workdir import JsonLog
 from jaxgpt.train.finetune import Start, start_from
-from jaxgpt.train.workdir import JsonLog
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jaxgpt.data import pipeline
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
+from jaxgpt.runs.load import load_trunk, parent_of, read_run
 from jaxgpt.train.config import PretrainConfig
-from jaxgpt.train.load import load_trunk, parent_of, read_run
 from jaxgpt.train.run import Stage
 from jaxgpt.train.throughput import training_flops_per_token
 

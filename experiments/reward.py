@@ -25,12 +25,12 @@ from jaxgpt.data.sources import check_fields
 from jaxgpt.json_object import read_object, to_json
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
+from jaxgpt.runs.workdir import write_atomic
 from jaxgpt.train import scoring
 from jaxgpt.train.config import check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
 from jaxgpt.train.run import Stage
 from jaxgpt.train.throughput import training_flops_per_token
-from jaxgpt.train.workdir import write_atomic
 from jaxgpt.types import PairBatch, Params
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from experiments.signals import INTERRUPTED, PREEMPTED
 from experiments.stages import start_stage
 from jaxgpt.pipeline.sweep import Run
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import workdir as workdirs
 
 POLL_SECONDS = 0.2
 

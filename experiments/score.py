@@ -7,10 +7,11 @@ import jax
 from jaxgpt import partition
 from jaxgpt.data import chat, sources
 from jaxgpt.json_object import to_json
+from jaxgpt.runs.load import load_model
+from jaxgpt.runs.manifest import read_manifest
+from jaxgpt.runs.workdir import write_atomic
 from jaxgpt.train import scoring
 from jaxgpt.train.config import RunConfig
-from jaxgpt.train.load import load_model
-from jaxgpt.train.workdir import read_manifest, write_atomic
 
 
 def score_file(workdir: str, path: str, output: str, config: RunConfig) -> None:

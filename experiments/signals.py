@@ -1,6 +1,6 @@
 """How a command ends that is asked to: one sentence, and exit code 42 after SIGTERM, 130 after Ctrl-C, at whatever point.
 
-A run that trains saves first (`jaxgpt.train.workdir.StopSignal`); all else leaves what it has left by then, which the same
+A run that trains saves first (`jaxgpt.runs.workdir.StopSignal`); all else leaves what it has left by then, which the same
 command goes on from.
 """
 
@@ -33,7 +33,7 @@ def end_at_once() -> None:
 @contextlib.contextmanager
 def one_sentence(preempted_code: Callable[[], int]) -> Iterator[None]:
     """Turn SIGTERM, Ctrl-C, and the Stopped of a run that has saved, into a sentence on stderr and the exit code."""
-    from jaxgpt.train.workdir import Stopped  # imports jax, for which `end_at_once` must not wait
+    from jaxgpt.runs.workdir import Stopped  # imports jax, for which `end_at_once` must not wait
 
     def raise_stopped(number: int, _: object) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)  # once is enough; what follows is only clean-up

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from experiments.signals import INTERRUPTED, PREEMPTED
 from jaxgpt.pipeline.graph import StageConfig
-from jaxgpt.train.workdir import Stopped
+from jaxgpt.runs.workdir import Stopped
 
 # Linux ends the child with its parent; the child asks for it, since a fork by a process with jax's threads is not safe.
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"

@@ -29,7 +29,8 @@ from jaxgpt.pipeline.expectations import number
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, Trial, plan, varied
 from jaxgpt.reporting.sweep_report import print_table, ranked, show, table, write_sweep_report
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 
 
 def main(config: SweepConfig, workdir: str) -> None:
@@ -82,7 +83,7 @@ def result(config: SweepConfig, trial: Trial, root: str) -> dict | None:
     """A trial's row of results.jsonl, from what its runs have left; None where it has neither finished nor failed."""
     row = {"trial": trial.number, "values": trial.values}
     paths = {name: os.path.relpath(stage_path(root, run.folder), root) for name, run in trial.runs.items()}
-    manifest = workdirs.read_manifest(stage_path(root, trial.last.folder))
+    manifest = manifests.read_manifest(stage_path(root, trial.last.folder))
     if manifest:
         value = number(manifest, config.metric.partition(".")[2], "metric")
         return {**row, "metric": value, "workdirs": paths}
@@ -102,7 +103,7 @@ def write_results(config: SweepConfig, trials: list[Trial], workdir: str) -> lis
         rows = ranked(rows, config.mode)
         write_sweep_report(workdir, rows, varied(config), config.metric, config.mode, to_dict(config))
         if len([row for row in rows if "metric" in row]) == len(trials):
-            workdirs.write_manifest(workdir, manifest(config, trials, rows[0], workdir))
+            manifests.write_manifest(workdir, manifest(config, trials, rows[0], workdir))
         elif os.path.exists(os.path.join(workdir, "manifest.json")):  # of a search that was smaller
             os.remove(os.path.join(workdir, "manifest.json"))
     return rows
@@ -112,11 +113,14 @@ def manifest(config: SweepConfig, trials: list[Trial], best: dict, workdir: str)
     """What a finished sweep is: the runs that were compared, and the best trial."""
     paths = {trial.last.folder: stage_path(workdir, trial.last.folder) for trial in trials}
     parents = {
-        folder: {"path": os.path.abspath(path), "digest": workdirs.manifest_digest(workdirs.read_manifest(path) or {})}
+        folder: {
+            "path": os.path.abspath(path),
+            "digest": manifests.manifest_digest(manifests.read_manifest(path) or {}),
+        }
         for folder, path in paths.items()
     }
     metrics = {config.metric.rpartition(".")[2]: best["metric"]}
-    return workdirs.base_manifest(stage="sweep", parents=parents, best=best, final_metrics=metrics)
+    return manifests.base_manifest(stage="sweep", parents=parents, best=best, final_metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from jaxgpt.config import to_dict
 from jaxgpt.data.config import HoldoutConfig
 from jaxgpt.data.sources import check_fields, content_digest, is_held_out, read_texts, resolve_paths
 from jaxgpt.data.tokenizer import TokenizerConfig, bytes_per_token, train_tokenizer
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def main(config: Config, workdir: str) -> None:
     """Train the tokenizer of `workdir`; nothing to do where it is there already."""
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, to_dict(config))
-        done = workdirs.read_manifest(workdir)
+        done = manifests.read_manifest(workdir)
         if done:
             print(f"{workdir} is finished: {_summary(done)}.")
             return
@@ -62,11 +63,11 @@ def main(config: Config, workdir: str) -> None:
         log = workdirs.JsonLog(os.path.join(workdir, "metrics.jsonl"))
         log.truncate_after(-1)  # of a run that was killed before its manifest
         log.append(0, metrics)
-        manifest = workdirs.base_manifest(
+        manifest = manifests.base_manifest(
             stage="tokenizer", tokenizer_digest=tokenizer.digest, special_ids=tokenizer.special_ids,
             vocab_size=tokenizer.vocab_size, data_fingerprint=content_digest(paths), parents={}, final_metrics=metrics,
         )  # fmt: skip
-        workdirs.write_manifest(workdir, manifest)
+        manifests.write_manifest(workdir, manifest)
         print(f"Finished: {_summary(manifest)}.")
 
 

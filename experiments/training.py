@@ -19,9 +19,10 @@ from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generate.text import generate_texts
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.reporting.report import write_report
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.checkpoint import checkpoint_digest, stored_sources
 from jaxgpt.train.callbacks import Callback
-from jaxgpt.train.checkpoint import checkpoint_digest, stored_sources
 from jaxgpt.train.config import RunConfig, SamplesConfig, check_mesh
 from jaxgpt.train.run import Program, Stage, run, run_program
 from jaxgpt.types import Params
@@ -88,7 +89,7 @@ def train_in(
     check_mesh(config, model, mesh)
     with workdirs.lock(workdir):
         workdirs.check_same(workdir, resolved, ignore=FREE_FIELDS)
-        done = workdirs.read_manifest(workdir)
+        done = manifests.read_manifest(workdir)
         if done and (config.num_epochs or done["step"] >= config.num_train_steps):
             print(f"{workdir} is finished: step {done['step']}, {workdirs.summary(done['final_metrics'])}.")
             renew_report(workdir)
@@ -148,7 +149,7 @@ def finish(workdir: str, name: str, resolved: dict, job: Job, sources: dict[str,
             f"{os.path.join(workdir, 'checkpoints', str(step))}, and the steps since the checkpoint before are done again."
         )
     final = workdirs.without_times(rows[-1])
-    manifest = workdirs.base_manifest(
+    manifest = manifests.base_manifest(
         stage=name, config=resolved, tokenizer_digest=job.tokenizer.digest,
         chat_template_digest=job.template.digest if job.template is not None else None,
         special_ids=job.tokenizer.special_ids, vocab_size=job.tokenizer.vocab_size,
@@ -157,7 +158,7 @@ def finish(workdir: str, name: str, resolved: dict, job: Job, sources: dict[str,
         checkpoint={"step": step, "digest": checkpoint_digest(os.path.join(workdir, "checkpoints"), step)},
         **job.finish(),
     )  # fmt: skip
-    workdirs.write_manifest(workdir, manifest)
+    manifests.write_manifest(workdir, manifest)
     return workdirs.summary(final)
 
 

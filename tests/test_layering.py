@@ -5,8 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
-    "types": 0, "tree": 1, "numerics": 1, "partition": 1, "weights": 2, "quantization": 1, "nearest": 1, "json_object": 1,
-    "config": 2, "data": 3, "models": 3, "objectives": 4, "generate": 4, "train": 5, "rl": 6, "finalize": 6,
+    "types": 0, "tree": 1, "numerics": 1, "partition": 1, "nearest": 1, "json_object": 1,
+    "config": 2, "data": 3, "models": 3, "objectives": 4, "generate": 4, "runs": 4, "train": 5, "rl": 6, "finalize": 6,
     "interop": 6, "reporting": 6, "evaluation": 7, "pipeline": 7, "serving": 7,
 }  # fmt: skip
 

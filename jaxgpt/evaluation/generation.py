@@ -17,7 +17,7 @@ from jaxgpt.evaluation.results import Result
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, stop_ids
 from jaxgpt.rl import rewards
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 
 class Answers(NamedTuple):

@@ -28,7 +28,7 @@ from jaxgpt.evaluation.logprobs import encode_after_start, token_scores
 from jaxgpt.evaluation.perplexity import text_scores
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import load_model
+from jaxgpt.runs.load import load_model
 
 try:
     from lm_eval.api.model import LM

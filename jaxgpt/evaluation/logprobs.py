@@ -12,7 +12,7 @@ from jaxgpt import numerics, partition
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 LENGTH_MULTIPLE = 64  # sequence lengths are rounded up to it, because every length is compiled for
 CHUNK_TOKENS = 1024  # how many tokens' logits exist at a time, over all devices

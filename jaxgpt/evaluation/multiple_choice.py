@@ -14,7 +14,7 @@ from jaxgpt.evaluation.logprobs import token_scores
 from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
 from jaxgpt.rl.verifiers import shortened
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 
 def read_choices(record: Record, fields: Mapping[str, str]) -> Example:

@@ -12,7 +12,7 @@ from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.intervals import Metric, Z, ratio_metric
 from jaxgpt.evaluation.logprobs import TokenScores, encode_after_start, token_scores
 from jaxgpt.evaluation.results import Result
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 
 class Window(NamedTuple):

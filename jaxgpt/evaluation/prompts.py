@@ -19,7 +19,7 @@ from jaxgpt.data import chat, sources
 from jaxgpt.data.chat import Message
 from jaxgpt.data.sources import Record
 from jaxgpt.evaluation.config import TaskConfig
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 SHOT_SEPARATOR = "\n\n"
 

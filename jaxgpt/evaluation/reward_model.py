@@ -15,8 +15,8 @@ from jaxgpt.data.config import DataConfig
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.results import Result
 from jaxgpt.reporting.report_card import pair_scores, report_card
+from jaxgpt.runs.load import LoadedModel
 from jaxgpt.train import scoring
-from jaxgpt.train.load import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

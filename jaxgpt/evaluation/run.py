@@ -16,8 +16,8 @@ from jaxgpt.evaluation.results import Result
 from jaxgpt.evaluation.reward_model import RewardModel, evaluate_report_card
 from jaxgpt.evaluation.win_rate import Judge, evaluate_win_rate, function_judge, reward_judge
 from jaxgpt.rl.rewards import file_and_function, load_function
-from jaxgpt.train.load import LoadedModel, load_model
-from jaxgpt.train.workdir import manifest_digest, read_manifest
+from jaxgpt.runs.load import LoadedModel, load_model
+from jaxgpt.runs.manifest import manifest_digest, read_manifest
 
 
 def read_parents(config: EvaluateConfig) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
 from jaxgpt.evaluation.reward_model import RewardModel
 from jaxgpt.rl.rewards import checked_values, load_function
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 
 class Verdicts(NamedTuple):

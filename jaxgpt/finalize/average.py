@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.train.artifact import is_artifact
-from jaxgpt.train.checkpoint import good_steps
-from jaxgpt.train.load import Run, load_plain, read_run, step_to_load, without_adapters
+from jaxgpt.runs.artifact import is_artifact
+from jaxgpt.runs.checkpoint import good_steps
+from jaxgpt.runs.load import Run, load_plain, read_run, step_to_load, without_adapters
 from jaxgpt.types import Params
 
 # Fields of a model that say how it is computed or trained, not what it is.

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.layers import kernel_input_axes
-from jaxgpt.quantization import INT4_LEVELS, INT8_LEVELS, dequantize, pack_int4, quantize
-from jaxgpt.train.artifact import SCALE
+from jaxgpt.runs.artifact import SCALE
+from jaxgpt.runs.quantization import INT4_LEVELS, INT8_LEVELS, dequantize, pack_int4, quantize
 
 WeightsDtype = Literal["float32", "bfloat16", "int8", "int4"]
 

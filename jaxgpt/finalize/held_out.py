@@ -20,8 +20,8 @@ from jaxgpt.json_object import read_object
 from jaxgpt.objectives.next_token import LossConfig, make_next_token
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.runs.load import Run, read_run, without_adapters
 from jaxgpt.train.evaluation import evaluate
-from jaxgpt.train.load import Run, read_run, without_adapters
 from jaxgpt.train.step import make_eval_step
 from jaxgpt.types import LMBatch, Objective, PairBatch, Params
 

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.train.artifact import is_artifact
-from jaxgpt.train.load import Run
-from jaxgpt.train.workdir import manifest_digest, read_manifest
+from jaxgpt.runs.artifact import is_artifact
+from jaxgpt.runs.load import Run
+from jaxgpt.runs.manifest import manifest_digest, read_manifest
 
 # What is kept of a run's last metrics.
 _GROUPS = ("eval/", "objective/", "train/loss")

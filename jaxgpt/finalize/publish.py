@@ -19,11 +19,12 @@ from jaxgpt.finalize.held_out import HeldOut, held_out
 from jaxgpt.finalize.lineage import lineage
 from jaxgpt.finalize.proof import answers, check_reload
 from jaxgpt.generate.text import stop_ids
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import digests, load_artifact
-from jaxgpt.train.load import Run, abstract_params, load_plain, parent_of, read_run, without_adapters
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.artifact import digests, load_artifact
+from jaxgpt.runs.load import Run, abstract_params, load_plain, parent_of, read_run, without_adapters
+from jaxgpt.runs.weights import write_weights
 from jaxgpt.types import Params
-from jaxgpt.weights import write_weights
 
 # Of the source's manifest, what the artifact says of itself, too; a reward model is one by its reward_shift.
 _INHERITED = ("final_metrics", "step", "data_fingerprint", "reward_shift", "report_card")
@@ -35,17 +36,17 @@ def finished(config: FinalizeConfig, workdir: str) -> dict | None:
 
     Raises ValueError where the folder holds a run, or the artifact of another config or another source.
     """
-    manifest = workdirs.read_manifest(workdir)
+    manifest = manifests.read_manifest(workdir)
     if manifest is None:
         return None
     if manifest["stage"] != "finalize":
         raise ValueError(f"--workdir={workdir} holds a run of {manifest['stage']}; use another folder.")
     workdirs.check_same(workdir, _resolved(config, None), ignore=_FREE_FIELDS)
-    source = workdirs.read_manifest(config.init_from)
+    source = manifests.read_manifest(config.init_from)
     named = manifest["parents"]["init_from"]["digest"]
-    if source is not None and workdirs.manifest_digest(source) != named:
+    if source is not None and manifests.manifest_digest(source) != named:
         raise ValueError(
-            f"init_from: {config.init_from} has the digest {workdirs.manifest_digest(source)[:12]} now, but {workdir} was "
+            f"init_from: {config.init_from} has the digest {manifests.manifest_digest(source)[:12]} now, but {workdir} was "
             f"made from {named[:12]}; use another --workdir."
         )
     return manifest
@@ -84,7 +85,7 @@ def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Calla
         )
     written, measured = _store(config, run, members, folder, mesh)
     source = run.manifest()
-    manifest = workdirs.base_manifest(
+    manifest = manifests.base_manifest(
         stage="finalize",
         source_stage=source.get("source_stage", source["stage"]),
         config=resolved,
@@ -100,7 +101,7 @@ def _make(config: FinalizeConfig, run: Run, folder: str, mesh: Mesh, card: Calla
     )
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write(card(manifest, resolved))
-    workdirs.write_manifest(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     return manifest
 
 

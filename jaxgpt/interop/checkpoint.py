@@ -24,11 +24,12 @@ from jaxgpt.interop.names import BASE_PREFIXES, TABLES, Layout
 from jaxgpt.json_object import read_object
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.artifact import digests
-from jaxgpt.train.load import abstract_params
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.artifact import digests
+from jaxgpt.runs.load import abstract_params
+from jaxgpt.runs.weights import StoredTensor, open_weights, write_weights
 from jaxgpt.types import Params
-from jaxgpt.weights import StoredTensor, open_weights, write_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, np.dtype] = {
@@ -202,13 +203,13 @@ def _write_artifact(
         template.save(out)
     workdirs.write_config(out, {"model": to_dict(source.config)})
     shift = {"reward_shift": float(source.values.get("reward_shift", 0.0))} if source.config.head == "scalar" else {}
-    manifest = workdirs.base_manifest(
+    manifest = manifests.base_manifest(
         stage="import", tokenizer_digest=tokenizer.digest, special_ids=tokenizer.special_ids,
         chat_template_digest=template.digest if template is not None else None, vocab_size=tokenizer.vocab_size,
         files=digests(out), parents={}, final_metrics={},
         **made_from, **shift, **({"untied": True} if source.is_untied else {}),
     )  # fmt: skip
-    workdirs.write_manifest(out, manifest)
+    manifests.write_manifest(out, manifest)
     return manifest
 
 

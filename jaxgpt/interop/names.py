@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.weights import StoredTensor
+from jaxgpt.runs.weights import StoredTensor
 
 
 class Stored(NamedTuple):

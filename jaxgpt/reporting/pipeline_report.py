@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from jaxgpt.reporting.plots import kind_of
 from jaxgpt.reporting.report import image, page
-from jaxgpt.train.workdir import read_manifest, read_metrics, write_atomic
+from jaxgpt.runs.manifest import read_manifest
+from jaxgpt.runs.workdir import read_metrics, write_atomic
 
 # What held-out data say of a model, in the order of the stages: metric -> label, a label per kind of run where they differ.
 # With RL eval/loss is minus the gold reward.

@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
-from jaxgpt.train.workdir import read_json, read_metrics, read_rows, write_atomic
+from jaxgpt.runs.workdir import read_json, read_metrics, read_rows, write_atomic
 
 MAX_TASK_SAMPLES = 20  # an evaluation has one for every record
 

@@ -24,8 +24,8 @@ from jaxgpt.rl.evaluate import global_prompts, host_rewards, response_texts
 from jaxgpt.rl.models import RewardModel, reward_scores
 from jaxgpt.rl.rewards import combine
 from jaxgpt.rl.rollout import roll_out
+from jaxgpt.runs.load import load_plain
 from jaxgpt.train.finetune import Start
-from jaxgpt.train.load import load_plain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ from jaxgpt.rl import advantages
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.rollout import Rollout
 from jaxgpt.rl.step import RLState, Setup, Steps, trunk
-from jaxgpt.train.finetune import Start, load_start
-from jaxgpt.train.load import (
+from jaxgpt.runs.load import (
     Run,
     abstract_adapters,
     abstract_params,
@@ -34,6 +33,7 @@ from jaxgpt.train.load import (
     trainable,
     without_adapters,
 )
+from jaxgpt.train.finetune import Start, load_start
 from jaxgpt.train.optimizer import make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_train_step
 from jaxgpt.types import Array, Params

@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from jaxgpt.runs.workdir import write_atomic
 from jaxgpt.train.config import ProfileConfig, WandbConfig
-from jaxgpt.train.workdir import write_atomic
 
 
 def _nothing(*_: Any) -> None:

@@ -14,7 +14,7 @@ from jaxgpt.models.config import ModelConfig
 from jaxgpt.models.memory import cache_bytes, check_fits, num_parameters
 from jaxgpt.objectives.next_token import LossConfig
 from jaxgpt.partition import MeshConfig, local_rows
-from jaxgpt.train.checkpoint import CheckpointConfig
+from jaxgpt.runs.checkpoint import CheckpointConfig
 from jaxgpt.train.optimizer import OptimizerConfig
 
 

@@ -12,8 +12,8 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
+from jaxgpt.runs.load import Run, load_trunk, parent_of, read_run, trainable, without_adapters
 from jaxgpt.train.config import RunConfig
-from jaxgpt.train.load import Run, load_trunk, parent_of, read_run, trainable, without_adapters
 from jaxgpt.types import Params
 
 DEFAULT_TEMPLATE = "roles"

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from jaxgpt.runs.checkpoint import Checkpointer
+from jaxgpt.runs.workdir import JsonLog, StopSignal
 from jaxgpt.train.callbacks import Callback
-from jaxgpt.train.checkpoint import Checkpointer
 from jaxgpt.train.config import NonfiniteConfig
 from jaxgpt.train.step import Step
 from jaxgpt.train.throughput import TrainingFlops
-from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Metrics, Params, TrainState
 
 

@@ -11,15 +11,16 @@ from jax.sharding import Mesh
 from jaxgpt import partition, tree
 from jaxgpt.config import to_dict
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train import callbacks, logs
-from jaxgpt.train.checkpoint import Checkpointer
+from jaxgpt.runs import logs
+from jaxgpt.runs.checkpoint import Checkpointer
+from jaxgpt.runs.workdir import JsonLog, StopSignal
+from jaxgpt.train import callbacks
 from jaxgpt.train.config import RunConfig
 from jaxgpt.train.evaluation import evaluate
 from jaxgpt.train.loop import LoopConfig, train
 from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
 from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
 from jaxgpt.train.throughput import TrainingFlops, peak_flops
-from jaxgpt.train.workdir import JsonLog, StopSignal
 from jaxgpt.types import Metrics, Objective, Params, TrainState
 
 

@@ -53,7 +53,7 @@ def serve_tiny() -> None:
     from experiments import cli, serve
     from jaxgpt import partition
     from jaxgpt.models import decoder
-    from jaxgpt.train.load import LoadedModel
+    from jaxgpt.runs.load import LoadedModel
     from tests.serving import tiny
 
     params = partition.unbox(jax.jit(lambda: decoder.init_params(tiny.CFG, jax.random.key(0)))())

@@ -13,7 +13,7 @@ from jaxgpt.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokeniz
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 from tests.interop.hf_tokenizers import byte_level, folder_of
 from tests.models import reference
 

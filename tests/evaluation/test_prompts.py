@@ -9,7 +9,7 @@ from jaxgpt.data.chat import Message
 from jaxgpt.evaluation import prompts
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.generation import read_answer
-from jaxgpt.train.load import LoadedModel
+from jaxgpt.runs.load import LoadedModel
 
 FIELD = "tasks.x"
 RECORDS = [{"prompt": f"Question {i}?", "answer": f"answer{i}"} for i in range(12)]

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A command that kills itself once FILE holds the rows of STEP: it dies at that very place, however busy the machine is.
 KILLED = """
 import os, runpy, signal, sys
-from jaxgpt.train.workdir import JsonLog
+from jaxgpt.runs.workdir import JsonLog
 
 _, name, step, stage = sys.argv[:4]
 append = JsonLog.append

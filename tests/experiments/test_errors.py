@@ -99,7 +99,7 @@ def test_tracebacks_that_orbax_logs_of_what_it_raises_are_no_news_and_all_else_i
     raised = (OSError, OSError(errno.ENOSPC, "No space left on device"), None)
     assert not errors.is_news(record("/lib/orbax/checkpoint/async_checkpointer.py", raised))
     assert errors.is_news(record("/lib/orbax/checkpoint/async_checkpointer.py", None))
-    assert errors.is_news(record("/clone/jaxgpt/train/checkpoint.py", raised))
+    assert errors.is_news(record("/clone/jaxgpt/runs/checkpoint.py", raised))
 
 
 def decoding():

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxgpt.train.workdir import manifest_digest, read_manifest
+from jaxgpt.runs.manifest import manifest_digest, read_manifest
 from tests.experiments.conftest import command, here
 
 PROMPTS = [f"first of {a} {verb} {b}?" for a, b in (("Ann", "Bob"), ("Cid", "Dora")) for verb in ("sees", "likes")]

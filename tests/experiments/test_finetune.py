@@ -21,7 +21,7 @@ from jaxgpt import partition, tree
 from jaxgpt.data.chat import Message
 from jaxgpt.models import decoder
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import LoadedModel, abstract_params, load_model, load_params, read_run, trainable
+from jaxgpt.runs.load import LoadedModel, abstract_params, load_model, load_params, read_run, trainable
 from tests.experiments.conftest import ADAPTED, PROMPT, command, files, finetuning, here, killed
 from tests.experiments.test_pretrain import rows
 

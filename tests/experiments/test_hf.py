@@ -11,9 +11,9 @@ from jaxgpt import partition, tree
 from jaxgpt.interop.checkpoint import load_hf
 from jaxgpt.models import decoder
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import load_model, read_run
-from jaxgpt.train.workdir import read_manifest
-from jaxgpt.weights import open_weights
+from jaxgpt.runs.load import load_model, read_run
+from jaxgpt.runs.manifest import read_manifest
+from jaxgpt.runs.weights import open_weights
 from tests.experiments.conftest import command, files, here
 
 values = jax.jit(lambda cfg, p, tokens: decoder.values(cfg, p, decoder.hidden_states(cfg, p, tokens)), static_argnums=0)

@@ -15,8 +15,8 @@ from jaxgpt.generate.text import pad_prompts
 from jaxgpt.interop.checkpoint import load_hf
 from jaxgpt.models import decoder
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import LoadedModel, load_model
-from jaxgpt.weights import write_weights
+from jaxgpt.runs.load import LoadedModel, load_model
+from jaxgpt.runs.weights import write_weights
 from tests.experiments.conftest import command
 
 tokenizers = pytest.importorskip("tokenizers")

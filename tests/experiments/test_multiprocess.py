@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt import partition, tree
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import load_model
+from jaxgpt.runs.load import load_model
 from tests.experiments.conftest import ROOT, command, environment
 from tests.experiments.test_pretrain import rows, wait_for_step
 
@@ -49,7 +49,7 @@ def test_two_processes_equal_one_with_as_many_devices_also_after_preemption(argu
 LATE_SIGNAL = """
 import os, signal, time
 from jaxgpt import partition
-from jaxgpt.train.workdir import StopSignal
+from jaxgpt.runs.workdir import StopSignal
 import jax
 partition.start_distributed()
 with StopSignal() as stop:

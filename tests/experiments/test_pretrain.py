@@ -13,14 +13,14 @@ import pytest
 
 from jaxgpt import partition, tree
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train.load import load_model
-from jaxgpt.train.workdir import CLOCK_METRICS
+from jaxgpt.runs.load import load_model
+from jaxgpt.runs.workdir import CLOCK_METRICS
 from tests.experiments.conftest import ROOT, command, environment, here
 
 # A command that gets a signal when it has logged step 6: it saves after step 7.
 SIGNALLED = """
 import os, runpy, sys
-from jaxgpt.train.workdir import JsonLog
+from jaxgpt.runs.workdir import JsonLog
 
 _, number, stage = sys.argv[:3]
 append = JsonLog.append

@@ -21,8 +21,8 @@ from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder, read_reward_model
 from jaxgpt.rl.rollout import Rollout
 from jaxgpt.rl.step import critic_params
+from jaxgpt.runs.load import load_plain, read_run
 from jaxgpt.train.finetune import start_from
-from jaxgpt.train.load import load_plain, read_run
 from tests.experiments.conftest import ROOT, command, finetuning, killed
 from tests.experiments.test_pretrain import rows
 

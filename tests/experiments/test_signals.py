@@ -8,7 +8,7 @@ import pytest
 
 from experiments import signals
 from experiments.stages import wait
-from jaxgpt.train.workdir import Stopped
+from jaxgpt.runs.workdir import Stopped
 from tests.experiments.conftest import ROOT, environment
 
 SLEEP = "while True: time.sleep(0.01)"  # Python would hear a signal that comes just before one long sleep only after it

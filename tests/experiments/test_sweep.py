@@ -14,8 +14,9 @@ from experiments import cli, stages, sweep
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, plan
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.workdir import Stopped
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.workdir import Stopped
 from tests.experiments.conftest import ROOT, command
 
 # Stands for a stage: its loss is its learning rate (1 without one), 7 takes forever,
@@ -213,9 +214,9 @@ def test_a_sweep_of_real_stages(pipeline_config, tmp_path):
     for row in both:
         found = json.loads((root / row["workdirs"]["sft"] / "manifest.json").read_text())
         assert row["metric"] == found["final_metrics"]["eval/loss"]
-        parent = workdirs.read_manifest(str(root / row["workdirs"]["pretrain"]))
+        parent = manifests.read_manifest(str(root / row["workdirs"]["pretrain"]))
         assert parent is not None
-        assert workdirs.manifest_digest(parent) in json.dumps(found["parents"])
+        assert manifests.manifest_digest(parent) in json.dumps(found["parents"])
     os.remove(root / both[0]["workdirs"]["sft"] / "manifest.json")
     done = command("sweep", *flags)
     assert done.returncode == 0, done.stdout + done.stderr

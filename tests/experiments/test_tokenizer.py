@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxgpt.train import workdir as workdirs
+from jaxgpt.runs import manifest as manifests
 from tests.experiments.conftest import here
 
 
@@ -17,7 +17,7 @@ def test_a_run_killed_before_its_manifest_is_finished_by_the_same_command(tmp_pa
         f"--config.data.train={tmp_path}/text.txt",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(workdirs, "write_manifest", lambda *_: 1 / 0)
+        patch.setattr(manifests, "write_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             here("tokenizer", *flags)
     metrics = tmp_path / "run" / "metrics.jsonl"

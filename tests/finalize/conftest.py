@@ -17,8 +17,9 @@ from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.rl.advantages import init_moments
 from jaxgpt.rl.step import RLState
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.checkpoint import CheckpointConfig, Checkpointer
 from jaxgpt.train.optimizer import OptimizerConfig, make_optimizer
 from jaxgpt.types import TrainState
 
@@ -75,18 +76,18 @@ class Maker:
                 sources = {"init_from": self.digest(parent)} if parent else {}
                 saver.save(step, whole, {"sources": sources}, None)
         parents = {"init_from": {"path": str(parent), "digest": self.digest(parent)}} if parent else {}
-        content = workdirs.base_manifest(
+        content = manifests.base_manifest(
             stage=stage, tokenizer_digest=tokenizer.digest, chat_template_digest=chat.digest if chat else None,
             special_ids=tokenizer.special_ids, vocab_size=tokenizer.vocab_size, parents=parents, step=len(checkpoints),
             final_metrics={"eval/loss": 5.5, "train/loss": 5.25, "train/grad_norm": 1.0}, data_fingerprint="f" * 64,
             **manifest,
         )  # fmt: skip
-        workdirs.write_manifest(str(folder), content)
+        manifests.write_manifest(str(folder), content)
         return folder
 
     @staticmethod
     def digest(folder) -> str:
-        return workdirs.manifest_digest(json.loads((pathlib.Path(folder) / "manifest.json").read_text()))
+        return manifests.manifest_digest(json.loads((pathlib.Path(folder) / "manifest.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ from jaxgpt.models import decoder
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.reporting.model_card import model_card
-from jaxgpt.train import checkpoint
-from jaxgpt.train.artifact import digests
-from jaxgpt.train.load import abstract_params, load_model, load_params, load_plain, read_run
-from jaxgpt.weights import open_weights, write_weights
+from jaxgpt.runs import checkpoint
+from jaxgpt.runs.artifact import digests
+from jaxgpt.runs.load import abstract_params, load_model, load_params, load_plain, read_run
+from jaxgpt.runs.weights import open_weights, write_weights
 from tests.finalize.conftest import TEXT, one_device, random_params
 
 FILES = {"README.md", "config.json", "generation.json", "manifest.json", "model.safetensors", "tokenizer.model"}

@@ -16,9 +16,9 @@ from jaxgpt.interop.checkpoint import export_checkpoint, import_checkpoint
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import read_reward_model
+from jaxgpt.runs.load import load_plain, read_run, trainable
 from jaxgpt.train.config import RunConfig
 from jaxgpt.train.finetune import start_from
-from jaxgpt.train.load import load_plain, read_run, trainable
 from tests.finalize.conftest import Maker, one_device, random_params
 from tests.finalize.test_publish import DIGESTS, WEIGHTS, change, flip, other_tokenizer, sealed
 

@@ -16,8 +16,8 @@ from jaxgpt.interop.checkpoint import export_checkpoint, import_checkpoint, load
 from jaxgpt.interop.families import config_from_hf
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.train.load import read_run
-from jaxgpt.weights import StoredTensor, open_weights
+from jaxgpt.runs.load import read_run
+from jaxgpt.runs.weights import StoredTensor, open_weights
 from tests.interop.conftest import GOLDEN, NAMES
 
 CAUSAL = [name for name in NAMES if not name.startswith("reward")]

@@ -15,8 +15,8 @@ from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.rl.models import RewardModel, reward_scores
 from jaxgpt.rl.rollout import Rollout
+from jaxgpt.runs.load import LoadedModel
 from jaxgpt.train import scoring
-from jaxgpt.train.load import LoadedModel
 from jaxgpt.types import PairBatch
 from tests.data.test_conversations import tokenizer, write
 

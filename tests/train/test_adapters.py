@@ -12,7 +12,7 @@ from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.objectives.next_token import LossConfig, make_next_token
 from jaxgpt.partition import DEFAULT_RULES, MeshConfig
-from jaxgpt.train.load import trainable
+from jaxgpt.runs.load import trainable
 from jaxgpt.train.optimizer import OptimizerConfig, make_optimizer
 from jaxgpt.train.step import init_state, make_train_step
 from jaxgpt.types import LMBatch

@@ -16,10 +16,10 @@ from jaxgpt import tree
 from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models.config import ModelConfig
-from jaxgpt.quantization import dequantize_part
-from jaxgpt.train.workdir import read_manifest
+from jaxgpt.runs.manifest import read_manifest
+from jaxgpt.runs.quantization import dequantize_part
+from jaxgpt.runs.weights import INDEX, SINGLE, StoredTensor, open_weights
 from jaxgpt.types import Params
-from jaxgpt.weights import INDEX, SINGLE, StoredTensor, open_weights
 
 SCALE = ":scale"
 # What is read of an artifact besides its weights, where it is there.

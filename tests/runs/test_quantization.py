@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxgpt.quantization import INT4_LEVELS, INT8_LEVELS, dequantize, dequantize_part, pack_int4, quantize, unpack_int4
+from jaxgpt.runs.quantization import (
+    INT4_LEVELS,
+    INT8_LEVELS,
+    dequantize,
+    dequantize_part,
+    pack_int4,
+    quantize,
+    unpack_int4,
+)
 
 SHAPE = (3, 8, 4, 6)
 CASES = [

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxgpt.models.decoder import VALUE_HEAD
-from jaxgpt.train.workdir import write_atomic
+from jaxgpt.runs.workdir import write_atomic
 from jaxgpt.types import Params, TrainState
 
 

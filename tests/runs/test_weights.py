@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import partition
 from jaxgpt.partition import MeshConfig
-from jaxgpt.weights import INDEX, SINGLE, open_weights, write_weights
+from jaxgpt.runs.weights import INDEX, SINGLE, open_weights, write_weights
 
 TENSORS = {
     "a/kernel": np.arange(24, dtype=np.float32).reshape(4, 6) / 7,

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import partition
 from jaxgpt.partition import MeshConfig
-from jaxgpt.train import checkpoint
-from jaxgpt.train.checkpoint import (
+from jaxgpt.runs import checkpoint
+from jaxgpt.runs.checkpoint import (
     CheckpointConfig,
     Checkpointer,
     check_named_step,

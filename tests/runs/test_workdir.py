@@ -12,11 +12,12 @@ import sys
 
 import pytest
 
-from jaxgpt.train import workdir as workdirs
-from jaxgpt.train.workdir import JsonLog, StopSignal
+from jaxgpt.runs import manifest as manifests
+from jaxgpt.runs import workdir as workdirs
+from jaxgpt.runs.workdir import JsonLog, StopSignal
 
 HOLD = """import sys, time
-from jaxgpt.train.workdir import lock
+from jaxgpt.runs.workdir import lock
 with lock(sys.argv[1]):
     print('held', flush=True)
     time.sleep(600)
@@ -88,15 +89,15 @@ def test_a_changed_field_is_named_and_a_free_one_is_not(tmp_path):
 def test_the_manifest_says_versions_and_its_digest_sees_content_not_format(tmp_path):
     import jax
 
-    manifest = workdirs.base_manifest(stage="pretrain", vocab_size=5)
+    manifest = manifests.base_manifest(stage="pretrain", vocab_size=5)
     assert manifest["versions"]["jax"] == jax.__version__
-    workdirs.write_manifest(str(tmp_path), manifest)
-    read = workdirs.read_manifest(str(tmp_path))
+    manifests.write_manifest(str(tmp_path), manifest)
+    read = manifests.read_manifest(str(tmp_path))
     assert read == manifest
-    digest = workdirs.manifest_digest(manifest)
-    assert digest == workdirs.manifest_digest(dict(reversed(read.items())))
-    assert digest != workdirs.manifest_digest(manifest | {"vocab_size": 6})
-    assert workdirs.read_manifest(str(tmp_path / "nowhere")) is None
+    digest = manifests.manifest_digest(manifest)
+    assert digest == manifests.manifest_digest(dict(reversed(read.items())))
+    assert digest != manifests.manifest_digest(manifest | {"vocab_size": 6})
+    assert manifests.read_manifest(str(tmp_path / "nowhere")) is None
 
 
 def test_what_is_not_finite_is_null_in_files_and_absent_from_the_metrics_read_back(tmp_path):
@@ -114,10 +115,10 @@ def test_what_is_not_finite_is_null_in_files_and_absent_from_the_metrics_read_ba
         {"step": 2, "train/loss": 2.0, "nested": [{"x": None}]},
     ]
     assert workdirs.read_metrics(str(path))[0] == {"step": 1, "train/accuracy": 0.5}
-    manifest = workdirs.base_manifest(stage="pretrain", final_metrics={"eval/loss": -math.inf, "train/loss": 2.0})
-    workdirs.write_manifest(str(tmp_path), manifest)
+    manifest = manifests.base_manifest(stage="pretrain", final_metrics={"eval/loss": -math.inf, "train/loss": 2.0})
+    manifests.write_manifest(str(tmp_path), manifest)
     read = json.loads((tmp_path / "manifest.json").read_text(), parse_constant=refuse)
-    assert workdirs.manifest_digest(read) == workdirs.manifest_digest(manifest)
+    assert manifests.manifest_digest(read) == manifests.manifest_digest(manifest)
     assert workdirs.summary(read["final_metrics"]) == "train/loss 2.0000"
 
 
@@ -146,7 +147,7 @@ def test_a_first_signal_asks_and_the_handlers_are_put_back():
 def test_a_damaged_file_beside_a_run_is_a_sentence_with_its_line(tmp_path, content, words):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
-        workdirs.read_manifest(str(tmp_path))
+        manifests.read_manifest(str(tmp_path))
     assert str(tmp_path / "manifest.json") in str(error.value)
 
 
@@ -241,7 +242,7 @@ def test_a_kill_while_it_is_moved_is_no_artifact_and_the_same_command_makes_it(t
     with pytest.raises(KeyboardInterrupt):
         publish(tmp_path / "run")
     monkeypatch.undo()
-    assert workdirs.read_manifest(str(tmp_path / "run")) is None
+    assert manifests.read_manifest(str(tmp_path / "run")) is None
     publish(tmp_path / "run")
     assert is_published(tmp_path / "run")
 

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from jaxgpt.train import logs
-from jaxgpt.train.workdir import JsonLog
+from jaxgpt.runs import logs
+from jaxgpt.runs.workdir import JsonLog
 
 
 @pytest.fixture

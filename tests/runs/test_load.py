@@ -9,9 +9,9 @@ import pytest
 
 from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.finalize.average import AverageConfig, find_members
-from jaxgpt.train.checkpoint import checkpoint_digest
-from jaxgpt.train.load import load_model, read_run
-from jaxgpt.train.workdir import manifest_digest
+from jaxgpt.runs.checkpoint import checkpoint_digest
+from jaxgpt.runs.load import load_model, read_run
+from jaxgpt.runs.manifest import manifest_digest
 from tests.finalize.conftest import TEXT, Maker, one_device, random_params
 
 

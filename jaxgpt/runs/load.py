@@ -16,9 +16,10 @@ from jaxgpt.models import decoder, lora
 from jaxgpt.models.config import LoraConfig, ModelConfig
 from jaxgpt.models.decoder import VALUE_HEAD
 from jaxgpt.partition import DEFAULT_RULES
-from jaxgpt.train.artifact import check_files, check_identity, is_artifact, load_artifact
-from jaxgpt.train.checkpoint import check_named_step, newest_good_step, restore_params, stored_sources
-from jaxgpt.train.workdir import manifest_digest, read_json, read_manifest
+from jaxgpt.runs.artifact import check_files, check_identity, is_artifact, load_artifact
+from jaxgpt.runs.checkpoint import check_named_step, newest_good_step, restore_params, stored_sources
+from jaxgpt.runs.manifest import manifest_digest, read_manifest
+from jaxgpt.runs.workdir import read_json
 from jaxgpt.types import Params
 
 
