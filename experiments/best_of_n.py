@@ -23,9 +23,9 @@ from experiments.ppo import check_room, read_sides
 from experiments.training import FREE_FIELDS
 from jaxgpt import partition
 from jaxgpt.config import to_dict
+from jaxgpt.rewards.functions import check_records, function_digests
 from jaxgpt.rl.best_of_n import BestOfNConfig, best_of_n, curve
 from jaxgpt.rl.models import RewardModel, read_reward_model
-from jaxgpt.rl.rewards import check_records, function_digests
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs
 from jaxgpt.train.config import check_mesh

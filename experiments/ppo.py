@@ -19,10 +19,10 @@ from experiments import cli
 from experiments.training import Job, train_in
 from jaxgpt.data.prompts import PromptSet, read_prompts
 from jaxgpt.data.sources import resolve_paths
+from jaxgpt.rewards.functions import check_records, function_digests
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder, RewardModel, read_gold_model, read_reward_model
 from jaxgpt.rl.program import make_program
-from jaxgpt.rl.rewards import check_records, function_digests
 from jaxgpt.runs.workdir import JsonLog
 from jaxgpt.train.finetune import Start, start_from
 

@@ -15,7 +15,7 @@ from experiments import cli
 from experiments.errors import ROOT
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig
-from jaxgpt.rl.rewards import file_and_function
+from jaxgpt.rewards.functions import file_and_function
 
 _FILES = ("data.train", "data.eval", "prompts_file", "score")
 _FOLDERS = ("init_from", "reward_model", "gold_model", "baseline", "data.tokenizer", "source")

@@ -10,7 +10,7 @@ from jaxgpt.data.sources import check_fields
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.partition import MeshConfig
 from jaxgpt.reporting.report_card import Thresholds
-from jaxgpt.rl.rewards import RewardSource
+from jaxgpt.rewards.functions import RewardSource
 
 Kind = Literal["perplexity", "multiple_choice", "generation", "win_rate", "report_card"]
 
@@ -44,7 +44,7 @@ class TaskConfig:
       least max_seq_length - stride tokens of context. 0 is half of max_seq_length.
     text_separator: splits a .txt file into documents; None means one document per file.
     num_shots: solved examples put before each prompt, from the records of the files `shots`.
-    metrics: label -> a verifier of `jaxgpt.rl.verifiers`, or a function of the user's as "path/to/file.py:function".
+    metrics: label -> a verifier of `jaxgpt.rewards.verifiers`, or a function of the user's as "path/to/file.py:function".
     sampler, max_new_tokens: how answers are drawn; greedily by default.
     stop: texts that end an answer (they are cut off), besides EOS and the template's end.
     report_card: what a reward model must reach. too_long: as of experiments.reward.

@@ -16,7 +16,7 @@ from jaxgpt.evaluation.prompts import Example, read_prompt
 from jaxgpt.evaluation.results import Result
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, stop_ids
-from jaxgpt.rl import rewards
+from jaxgpt.rewards import functions
 from jaxgpt.runs.load import LoadedModel
 
 
@@ -95,10 +95,10 @@ def evaluate_generation(
     task: TaskConfig, field: str, model: LoadedModel, *, mesh: Mesh, batch_size: int, seed: int
 ) -> Result:
     """The mean of each of task.metrics over the model's answers."""
-    score = rewards.combine(task.metrics)
+    score = functions.combine(task.metrics)
     examples = prompts.read_examples(task.path, f"{field}.path", read_answer, task.fields)
     places, records = [e.where for e in examples], [e.record for e in examples]
-    rewards.check_records(task.metrics, records, places)
+    functions.check_records(task.metrics, records, places)
     turns = prompts.few_shot(examples, task, field, read_answer, seed)
     answers = answer_task(task, field, model, examples, turns, seed=seed, mesh=mesh, batch_size=batch_size)
     scores = score([e.text for e in examples], answers.texts, records, places).by_source

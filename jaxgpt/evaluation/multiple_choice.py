@@ -13,7 +13,7 @@ from jaxgpt.evaluation.intervals import mean_metric
 from jaxgpt.evaluation.logprobs import token_scores
 from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
-from jaxgpt.rl.verifiers import shortened
+from jaxgpt.rewards.verifiers import shortened
 from jaxgpt.runs.load import LoadedModel
 
 

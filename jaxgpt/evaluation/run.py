@@ -15,7 +15,7 @@ from jaxgpt.evaluation.perplexity import evaluate_perplexity
 from jaxgpt.evaluation.results import Result
 from jaxgpt.evaluation.reward_model import RewardModel, evaluate_report_card
 from jaxgpt.evaluation.win_rate import Judge, evaluate_win_rate, function_judge, reward_judge
-from jaxgpt.rl.rewards import file_and_function, load_function
+from jaxgpt.rewards.functions import file_and_function, load_function
 from jaxgpt.runs.load import LoadedModel, load_model
 from jaxgpt.runs.manifest import manifest_digest, read_manifest
 

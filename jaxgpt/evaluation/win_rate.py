@@ -14,7 +14,7 @@ from jaxgpt.evaluation.intervals import length_controlled_win_rate, mean_metric
 from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
 from jaxgpt.evaluation.reward_model import RewardModel
-from jaxgpt.rl.rewards import checked_values, load_function
+from jaxgpt.rewards.functions import checked_values, load_function
 from jaxgpt.runs.load import LoadedModel
 
 

@@ -18,11 +18,11 @@ from jaxgpt import partition
 from jaxgpt.data.chat import located
 from jaxgpt.data.prompts import PromptSet
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rewards.functions import combine
 from jaxgpt.rl.advantages import apply_missing_eos
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.evaluate import global_prompts, host_rewards, response_texts
 from jaxgpt.rl.models import RewardModel, reward_scores
-from jaxgpt.rl.rewards import combine
 from jaxgpt.rl.rollout import roll_out
 from jaxgpt.runs.load import load_plain
 from jaxgpt.train.finetune import Start

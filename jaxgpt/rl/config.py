@@ -6,7 +6,7 @@ from typing import Literal
 from jaxgpt.config import check_bounds
 from jaxgpt.data.sources import check_fields
 from jaxgpt.objectives.ppo import PPOConfig
-from jaxgpt.rl.rewards import RewardSource
+from jaxgpt.rewards.functions import RewardSource
 from jaxgpt.rl.rollout import RolloutConfig
 from jaxgpt.rl.step import GroupConfig
 from jaxgpt.train.config import SamplesConfig

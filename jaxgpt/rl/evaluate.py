@@ -14,9 +14,9 @@ from jaxgpt import partition
 from jaxgpt.data.prompts import PromptSet
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rewards.functions import CheckedRewardFn, combine
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder, reward_scores
-from jaxgpt.rl.rewards import CheckedRewardFn, combine
 from jaxgpt.rl.rollout import Prompts, Rollout
 from jaxgpt.rl.step import RLState, collect, policy_params, reference_params, rollout_logprobs
 from jaxgpt.types import Array, Params

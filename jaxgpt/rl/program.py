@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from jaxgpt import partition
 from jaxgpt.data.prompts import PromptSet, prompt_indices
 from jaxgpt.partition import DEFAULT_RULES
+from jaxgpt.rewards.functions import combine
 from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.evaluate import SampleLog, global_prompts, host_rewards, make_evaluate
 from jaxgpt.rl.models import Builder
-from jaxgpt.rl.rewards import combine
 from jaxgpt.rl.rollout import Prompts
 from jaxgpt.rl.step import RLState, make_rl_halves, make_rl_step
 from jaxgpt.train.run import Program

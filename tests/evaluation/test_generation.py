@@ -6,7 +6,7 @@ from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.generation import evaluate_generation
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import generate_texts, stop_ids
-from jaxgpt.rl.rewards import RewardSource
+from jaxgpt.rewards.functions import RewardSource
 
 PROMPTS = ["Ann sees", "Where", "Bob and Cid"]
 NEW = 8

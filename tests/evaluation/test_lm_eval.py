@@ -15,7 +15,7 @@ from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.generation import evaluate_generation
 from jaxgpt.evaluation.multiple_choice import evaluate_multiple_choice
 from jaxgpt.evaluation.perplexity import evaluate_perplexity
-from jaxgpt.rl.rewards import RewardSource
+from jaxgpt.rewards.functions import RewardSource
 from tests.evaluation.conftest import TEXT, logprobs64
 from tests.models import reference
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxgpt import config as config_lib
 from jaxgpt.data.sources import content_digest
-from jaxgpt.rl.verifiers import REWARDS, shortened
+from jaxgpt.rewards.verifiers import REWARDS, shortened
 
 # (prompts, responses, records) -> one number for each response. A record is the prompt's object in the file, with all
 # its fields.

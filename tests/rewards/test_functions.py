@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import config
-from jaxgpt.rl import rewards
-from jaxgpt.rl.final_number import final_number
-from jaxgpt.rl.rewards import RewardSource, combine
-from jaxgpt.rl.verifiers import token_f1
+from jaxgpt.rewards import functions
+from jaxgpt.rewards.final_number import final_number
+from jaxgpt.rewards.functions import RewardSource, combine
+from jaxgpt.rewards.verifiers import token_f1
 
 
 def score(name, response, record, **options):
@@ -282,7 +282,7 @@ VALUES = [
 
 @pytest.mark.parametrize("values", VALUES, ids=["bool", "mixed", "numpy", "jax"])
 def test_every_kind_of_number_will_do(monkeypatch, values):
-    monkeypatch.setattr(rewards, "load", lambda source: lambda p, r, records: values)
+    monkeypatch.setattr(functions, "load", lambda source: lambda p, r, records: values)
     out = combine([RewardSource("mine.py:f")])(PROMPTS, RESPONSES, RECORDS, WHERE)
     assert out.total_B.tolist() == [1, 0, 1, 2]
 
@@ -369,14 +369,14 @@ def test_a_record_without_what_a_reward_needs_is_named(name, options, record, me
     sources = [RewardSource(name, options=options)]
     for check in (
         lambda records, where: combine(sources)(["q"] * 3, ["r"] * 3, records, where),
-        lambda records, where: rewards.check_records(sources, records, where),
+        lambda records, where: functions.check_records(sources, records, where),
     ):
         with pytest.raises(
             ValueError, match=f"The reward function {name} failed for the prompt of b, line 2: "
         ) as caught:
             check([good, record, good], ["a, line 1", "b, line 2", "c, line 3"])
         assert message in str(caught.value)
-    rewards.check_records(sources, [good, good], ["a, line 1", "a, line 2"])
+    functions.check_records(sources, [good, good], ["a, line 1", "a, line 2"])
 
 
 BAD_SOURCES = [

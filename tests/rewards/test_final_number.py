@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from jaxgpt.rl.final_number import final_number
+from jaxgpt.rewards.final_number import final_number
 
 PLAIN = {
     "1 000": "1000",

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from typing import Any, Literal
 
-from jaxgpt.rl.final_number import final_number
+from jaxgpt.rewards.final_number import final_number
 
 MAX_MATH = 10_000  # characters of a response that math_answer looks at, from its end
 
