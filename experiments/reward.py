@@ -22,11 +22,11 @@ from experiments.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import conversations, pipeline, preference
 from jaxgpt.data.sources import check_fields
+from jaxgpt.evaluation import scoring
+from jaxgpt.evaluation.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
 from jaxgpt.json_object import read_object, to_json
 from jaxgpt.objectives.reward import RewardConfig, make_reward
-from jaxgpt.reporting.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
 from jaxgpt.runs.workdir import write_atomic
-from jaxgpt.train import scoring
 from jaxgpt.train.config import check_lengths
 from jaxgpt.train.finetune import FinetuneConfig, Start, start_from
 from jaxgpt.train.run import Stage

@@ -6,11 +6,11 @@ import jax
 
 from jaxgpt import partition
 from jaxgpt.data import chat, sources
+from jaxgpt.evaluation import scoring
 from jaxgpt.json_object import to_json
 from jaxgpt.runs.load import load_model
 from jaxgpt.runs.manifest import read_manifest
 from jaxgpt.runs.workdir import write_atomic
-from jaxgpt.train import scoring
 from jaxgpt.train.config import RunConfig
 
 

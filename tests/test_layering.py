@@ -10,9 +10,9 @@ FLOORS = (  # of the house, the lowest first
     ("config",),
     ("data", "models"),
     ("objectives", "generate", "runs", "rewards"),
-    ("train",),
+    ("train", "evaluation"),
     ("rl", "finalize", "interop", "reporting"),
-    ("evaluation", "pipeline", "serving"),
+    ("pipeline", "serving"),
 )
 RANKS = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
 

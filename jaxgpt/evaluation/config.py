@@ -7,9 +7,9 @@ from jaxgpt.config import check_bounds
 from jaxgpt.data import preference
 from jaxgpt.data.conversations import TooLong
 from jaxgpt.data.sources import check_fields
+from jaxgpt.evaluation.report_card import Thresholds
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.partition import MeshConfig
-from jaxgpt.reporting.report_card import Thresholds
 from jaxgpt.rewards.functions import RewardSource
 
 Kind = Literal["perplexity", "multiple_choice", "generation", "win_rate", "report_card"]

@@ -5,13 +5,13 @@ records; stderr, low and high are None where one record cannot tell.
 """
 
 import math
+import statistics
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.reporting.report_card import Z, wilson_interval
-
 Metric = dict[str, Any]
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95 % interval
 PRIOR_STD = 5.0  # of the length coefficient: +-5 takes a win-rate of 0.5 to 0.99, more than lengths ever did
 _ITERATIONS = 100
 
@@ -24,6 +24,17 @@ def mean_metric(values_N: np.ndarray) -> Metric:
     if np.isin(values_N, (0, 0.5, 1)).all():
         metric["low"], metric["high"] = wilson_interval(metric["value"], len(values_N))
     return metric
+
+
+def wilson_interval(rate: float, count: float) -> tuple[float, float]:
+    """The 95 % score interval (low, high) of a rate seen in `count` independent trials (count need not be whole).
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    shrink = 1 + Z**2 / count
+    center = (rate + Z**2 / (2 * count)) / shrink
+    half = Z / shrink * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
+    return min(rate, max(0.0, center - half)), max(rate, min(1.0, center + half))
 
 
 def ratio_metric(sums_N: np.ndarray, weights_N: np.ndarray) -> Metric:

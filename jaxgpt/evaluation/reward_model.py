@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from jaxgpt.data import conversations, preference, sources
 from jaxgpt.data.chat import ChatTemplate, Message, located
 from jaxgpt.data.config import DataConfig
+from jaxgpt.evaluation import scoring
 from jaxgpt.evaluation.config import TaskConfig
+from jaxgpt.evaluation.report_card import pair_scores, report_card
 from jaxgpt.evaluation.results import Result
-from jaxgpt.reporting.report_card import pair_scores, report_card
 from jaxgpt.runs.load import LoadedModel
-from jaxgpt.train import scoring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class RewardModel:
 def evaluate_report_card(
     task: TaskConfig, field: str, judge: RewardModel, *, batch_size: int, cache_dir: str
 ) -> Result:
-    """`reporting.report_card` of a reward model on the preferences of task.path; batch_size counts prompts."""
+    """`report_card` of a reward model on the preferences of task.path; batch_size counts prompts."""
     model = judge.model
     data = DataConfig(fields=task.fields, sequence_length=model.config.max_seq_length)
     plan = preference.tokenize_preferences(

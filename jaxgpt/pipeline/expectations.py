@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxgpt.evaluation.intervals import Z
 from jaxgpt.reporting.pipeline_report import Verdict
-from jaxgpt.reporting.report_card import Z
 
 _COMPARISON = re.compile(r"(?P<left>.+?) (?P<sign>[<>]) (?:(?P<factor>[-+.\de]+) \* )?(?P<right>.+)")
 _BOUNDS = ("low", "high")

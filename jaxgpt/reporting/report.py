@@ -4,10 +4,9 @@ import base64
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxgpt.reporting.evaluation_view import evaluation_html
 from jaxgpt.reporting.plots import plot_curves
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
 from jaxgpt.runs.workdir import read_json, read_metrics, read_rows, write_atomic
@@ -87,7 +86,26 @@ def _report_card(workdir: str) -> str:
 def _evaluation(workdir: str) -> str:
     """The results of an evaluation, where the run left some in WORKDIR/results.json."""
     results = _load(os.path.join(workdir, "results.json"))
-    return evaluation_html(results["tasks"]) if results else ""
+    return _evaluation_html(results["tasks"]) if results else ""
+
+
+def _evaluation_html(tasks: Mapping[str, dict[str, Any]]) -> str:
+    """A table of all metrics, what they are of, and report cards; tasks: as in results.json."""
+    rows, notes, cards = [], [], []
+    for label, task in tasks.items():
+        name = html.escape(label)
+        for metric, m in task["metrics"].items():
+            interval = "" if m["low"] is None else f"{m['low']:.4f} to {m['high']:.4f}"
+            rows.append(
+                f"<tr><td>{name}<td>{html.escape(task['kind'])}<td>{html.escape(metric)}<td class=number>{m['value']:.4f}"
+                f"<td class=number>{interval}<td class=number>{m['n']:,}"
+            )
+        counts = ", ".join(f"{html.escape(what)} {value:,.6g}" for what, value in task["counts"].items())
+        notes.append(f"<li>{name}: {counts}")
+        if "report_card" in task:
+            cards.append(f"<h2>{name}</h2>{report_card_html(task['report_card'])}")
+    head = "<tr><th>task<th>kind<th>metric<th>value<th>95 % interval<th>n</tr>"
+    return f"<h2>Results</h2><table>{head}{''.join(rows)}</table><ul>{''.join(notes)}</ul>{''.join(cards)}"
 
 
 def _metrics_table(rows: list[dict], manifest: dict) -> str:

@@ -9,6 +9,7 @@ from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.pipeline import eval_batches
 from jaxgpt.data.preference import tokenize_preferences
+from jaxgpt.evaluation import scoring
 from jaxgpt.evaluation.reward_model import RewardModel as Judge
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
@@ -16,7 +17,6 @@ from jaxgpt.partition import MeshConfig
 from jaxgpt.rl.models import RewardModel, reward_scores
 from jaxgpt.rl.rollout import Rollout
 from jaxgpt.runs.load import LoadedModel
-from jaxgpt.train import scoring
 from jaxgpt.types import PairBatch
 from tests.data.test_conversations import tokenizer, write
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import build
-from jaxgpt.reporting.report import write_report
-from jaxgpt.reporting.report_card import (
+from jaxgpt.evaluation.intervals import wilson_interval
+from jaxgpt.evaluation.report_card import (
     PairScores,
     Thresholds,
     accuracy_interval,
     calibration,
     equal_count_groups,
     report_card,
-    wilson_interval,
 )
+from jaxgpt.reporting.report import write_report
 from jaxgpt.reporting.report_card_view import plot_report_card, report_card_html
 
 

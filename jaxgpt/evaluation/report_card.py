@@ -5,15 +5,14 @@ Axes in this file: N pairs, M = 2 N responses (the chosen ones, then the rejecte
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.train.scoring import ScoredPairs
+from jaxgpt.evaluation.intervals import wilson_interval
+from jaxgpt.evaluation.scoring import ScoredPairs
 
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a two-sided 95 % interval
 MAX_BINS = 10  # of calibration and of length
 MIN_PAIRS_PER_BIN = 20  # below, the calibration error of a bin is mostly luck
 MARGIN_BUCKETS = 4
@@ -152,17 +151,6 @@ def card_summary(card: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a card: verdict and values, without what only plots need."""
     kept = ("accuracy", "calibration", "length", "swap_gap", "pad_gap", "thresholds", "passed", "failures")
     return {name: card[name] for name in kept}
-
-
-def wilson_interval(rate: float, count: float) -> tuple[float, float]:
-    """The 95 % score interval (low, high) of a rate seen in `count` independent trials (count need not be whole).
-
-    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
-    """
-    shrink = 1 + Z**2 / count
-    center = (rate + Z**2 / (2 * count)) / shrink
-    half = Z / shrink * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
-    return min(rate, max(0.0, center - half)), max(rate, min(1.0, center + half))
 
 
 def accuracy_interval(correct_N: np.ndarray, prompts_N: np.ndarray) -> tuple[float, float]:
