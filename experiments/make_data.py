@@ -12,10 +12,10 @@ import sys
 from typing import Literal
 
 from experiments import cli
+from experiments.demo_data.arithmetic import write_arithmetic
+from experiments.demo_data.stdlib_corpus import write_stdlib_corpus
+from experiments.demo_data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
 from jaxgpt.config import check_bounds, to_dict
-from jaxgpt.data.arithmetic import write_arithmetic
-from jaxgpt.data.stdlib_corpus import write_stdlib_corpus
-from jaxgpt.data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs
 from jaxgpt.runs.artifact import file_digest
@@ -26,7 +26,7 @@ class Config:
     """What is written.
 
     kind: `stdlib`, a corpus (corpus.jsonl) and questions with answers, rankings and prompts about its functions and classes
-      (jaxgpt/data/stdlib_tasks.py); or `arithmetic`, sums (jaxgpt/data/arithmetic.py).
+      (experiments/demo_data/stdlib_tasks.py); or `arithmetic`, sums (experiments/demo_data/arithmetic.py).
     heldout_fraction: of packages, or of sums, that are in no file to train on.
     max_bytes, max_records: of the corpus, and of each file of tasks; 0 is all there are.
     largest, forget_carry: the largest number to add, and how often demonstrations forget a carry.

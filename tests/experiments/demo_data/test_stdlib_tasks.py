@@ -11,7 +11,7 @@ import sysconfig
 
 import pytest
 
-from jaxgpt.data import stdlib_corpus, stdlib_tasks
+from experiments.demo_data import stdlib_corpus, stdlib_tasks
 
 SFT = ("sft_train.jsonl", "sft_eval.jsonl")
 RL = ("rl_train.jsonl", "rl_eval.jsonl")

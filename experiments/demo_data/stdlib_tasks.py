@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxgpt.data.stdlib_corpus import Module, documented, modules
+from experiments.demo_data.stdlib_corpus import Module, documented, modules
 
 MIN_WORDS = 4  # shorter docstrings mostly repeat the name
 MAX_CALL = 80  # characters; a longer signature is left out of the question

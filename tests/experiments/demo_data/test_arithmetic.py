@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from jaxgpt.data.arithmetic import careless_sum, write_arithmetic
+from experiments.demo_data.arithmetic import careless_sum, write_arithmetic
 
 
 def read(folder, name: str) -> list[dict]:

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from jaxgpt.data import stdlib_corpus
+from experiments.demo_data import stdlib_corpus
 
 
 @pytest.fixture(scope="module")
