@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from experiments import cli
 from experiments.training import Job, train_in
 from jaxgpt import partition, tree
-from jaxgpt.data import conversations, pipeline, preference
+from jaxgpt.data import batches, conversations, preference
 from jaxgpt.data.sources import check_fields
 from jaxgpt.models import lora
 from jaxgpt.objectives.dpo import DPOConfig, make_dpo, sequence_logprobs
@@ -68,7 +68,7 @@ def prepare(config: Config, start: Start, mesh: Mesh, cache_dir: str) -> Job:
     stage = Stage(
         init_fn=with_reference(start.init_fn()) if keeps_reference else start.init_fn(),
         objective=make_dpo(start.model, config.dpo, reference(config, start, keeps_reference)),
-        **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
+        **batches.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
         tokens_per_step=config.batch_size * preference.num_candidates(data) * length,
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=lambda name: is_policy(name) and not name.startswith(REFERENCE),
@@ -101,7 +101,7 @@ def reference(config: Config, start: Start, keeps_reference: bool):
     return lambda params, batch: sequence_logprobs(plain, base(params), batch, config.dpo.chunk_tokens)
 
 
-def with_reference_logprobs(config: Config, start: Start, data: pipeline.Data, mesh: Mesh) -> pipeline.Data:
+def with_reference_logprobs(config: Config, start: Start, data: batches.Data, mesh: Mesh) -> batches.Data:
     """The data with the parent's log-prob of every response in the rows."""
     plain = without_adapters(start.model)
     params = load_trunk(start.parent, abstract_params(plain, mesh), mesh)
@@ -113,8 +113,8 @@ def with_reference_logprobs(config: Config, start: Start, data: pipeline.Data, m
 
     def extend(plan):
         size, rows = config.batch_size, partition.local_rows(mesh, config.batch_size)
-        batches = pipeline.eval_batches(plan, batch_size=size, rows=rows, batch_type=PairBatch)
-        parts = [np.asarray(logprobs(params, partition.to_global(batch, mesh, size))) for batch in batches]
+        fixed = batches.eval_batches(plan, batch_size=size, rows=rows, batch_type=PairBatch)
+        parts = [np.asarray(logprobs(params, partition.to_global(batch, mesh, size))) for batch in fixed]
         return dataclasses.replace(plan, reference_logprobs_GC=np.concatenate(parts)[: len(plan)])
 
     train = {name: (extend(plan), weight) for name, (plan, weight) in data.train.items()}

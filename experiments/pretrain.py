@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from experiments import cli
 from experiments.training import Job, sample_writer, train_in
 from jaxgpt import partition
-from jaxgpt.data import pipeline
+from jaxgpt.data import batches
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.objectives.next_token import make_next_token
@@ -49,8 +49,8 @@ def prepare(config: PretrainConfig, workdir: str, tokenizer: Tokenizer, mesh: Me
     """The next-token objective over the packed sources."""
     parent = read_run(config.init_from) if config.init_from else None
     parents = {"init_from": parent_of(parent, tokenizer)} if parent is not None else {}
-    data = pipeline.build_data(config.data, tokenizer, cache_dir=cache_dir)
-    lines = {"uniform": math.log(tokenizer.vocab_size), "unigram entropy": pipeline.unigram_entropy(data)}
+    data = batches.build_data(config.data, tokenizer, cache_dir=cache_dir)
+    lines = {"uniform": math.log(tokenizer.vocab_size), "unigram entropy": batches.unigram_entropy(data)}
     if jax.process_index() == 0:
         print(
             "Loss of guessing uniformly {uniform:.3f}, by frequency {unigram entropy:.3f} nats/token.".format(**lines)
@@ -63,7 +63,7 @@ def prepare(config: PretrainConfig, workdir: str, tokenizer: Tokenizer, mesh: Me
     stage = Stage(
         init_fn=functools.partial(decoder.init_params, config.model),
         objective=make_next_token(config.model, config.loss, tokenizer.token_bytes_V),
-        **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed),
+        **batches.batch_streams(config.data, data, config.batch_size, rows, config.seed),
         tokens_per_step=config.batch_size * length,
         flops_per_token=training_flops_per_token(config.model, length),
         load=functools.partial(load_trunk, parent, mesh=mesh) if parent is not None else None,

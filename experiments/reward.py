@@ -20,7 +20,7 @@ from experiments import cli
 from experiments.score import score_file
 from experiments.training import Job, train_in
 from jaxgpt import partition
-from jaxgpt.data import conversations, pipeline, preference
+from jaxgpt.data import batches, conversations, preference
 from jaxgpt.data.sources import check_fields
 from jaxgpt.evaluation import scoring
 from jaxgpt.evaluation.report_card import Thresholds, card_metrics, card_summary, pair_scores, report_card
@@ -88,7 +88,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
     stage = Stage(
         init_fn=start.init_fn(),
         objective=make_reward(start.model, config.reward),
-        **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
+        **batches.batch_streams(config.data, data, config.batch_size, rows, config.seed, PairBatch),
         tokens_per_step=config.batch_size * preference.num_candidates(data) * length,
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=start.trainable(),
@@ -99,7 +99,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
     return Job(stage, data, start.tokenizer, start.template, start.parents, finish=lambda: finish(card_file))
 
 
-def judge(config: Config, data: pipeline.Data, score: scoring.Scorer) -> dict:
+def judge(config: Config, data: batches.Data, score: scoring.Scorer) -> dict:
     """The report card on the held-out pairs, and the shift that brings the best responses' mean reward to 0."""
     size = config.batch_size
     plans = data.eval or {name: plan for name, (plan, _) in data.train.items()}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from experiments import cli
 from experiments.training import Job, sample_writer, train_in
 from jaxgpt import partition
-from jaxgpt.data import pipeline
+from jaxgpt.data import batches
 from jaxgpt.data.chat import FIELDS, Message
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
 from jaxgpt.data.packing import RowPlan, make_plan
@@ -57,7 +57,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
         source = tokenize_conversations(paths, tokenizer, start.template, config.data, config.sft, split, cache_dir)
         return make_plan(source, config.data.packing, length, tokenizer.pad_id)
 
-    data = pipeline.build_data(config.data, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
+    data = batches.build_data(config.data, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
     on_eval, on_start = sample_writer(
         config.samples, start.model, tokenizer, workdir, mesh, sample_prompts(config, start, data),
         start.template.stop_ids(tokenizer), config.seed,
@@ -66,7 +66,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
     stage = Stage(
         init_fn=start.init_fn(),
         objective=make_next_token(start.model, config.loss, tokenizer.token_bytes_V),
-        **pipeline.batch_streams(config.data, data, config.batch_size, rows, config.seed),
+        **batches.batch_streams(config.data, data, config.batch_size, rows, config.seed),
         tokens_per_step=config.batch_size * length,
         flops_per_token=training_flops_per_token(start.model, length),
         trainable=start.trainable(),
@@ -77,7 +77,7 @@ def prepare(config: Config, workdir: str, start: Start, mesh: Mesh, cache_dir: s
     return Job(stage, data, tokenizer, start.template, start.parents)
 
 
-def sample_prompts(config: Config, start: Start, data: pipeline.Data) -> list[tuple[str, np.ndarray, dict]]:
+def sample_prompts(config: Config, start: Start, data: batches.Data) -> list[tuple[str, np.ndarray, dict]]:
     """The config's prompts, then the first ones of every held-out set, with the response that was held out."""
     tokenizer = start.tokenizer
     prompts: list[tuple[str, np.ndarray, dict]] = [

@@ -35,7 +35,7 @@ FREE_FIELDS = (
 
 
 class DataSummary(Protocol):
-    """What is known of a run's data; `pipeline.Data` is one.
+    """What is known of a run's data; `batches.Data` is one.
 
     stats: counts by "train/<name>" and "eval/<name>". fingerprint: of all content; fingerprints: of the files that a field of
     the config names, by field.

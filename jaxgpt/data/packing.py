@@ -1,7 +1,7 @@
 """Which tokens make which row: packing by index, from document lengths alone.
 
 A row is made of pieces, each a run of tokens of one document. Every plan answers `plan[i]` for any row, so that the
-order of training rows can be a function of the step (see `jaxgpt.data.pipeline`).
+order of training rows can be a function of the step (see `jaxgpt.data.batches`).
 """
 
 import bisect

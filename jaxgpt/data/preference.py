@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data import chat, sources
+from jaxgpt.data.batches import Data, build_data
 from jaxgpt.data.chat import ChatTemplate, Encoded, Message
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.conversations import (
@@ -24,7 +25,6 @@ from jaxgpt.data.conversations import (
     split_recipe,
 )
 from jaxgpt.data.packing import NO_PIECES, Pieces, Row, build_row
-from jaxgpt.data.pipeline import Data, build_data
 from jaxgpt.data.sources import Record
 from jaxgpt.data.token_cache import Split, TokenizedSource, cached_source, map_file
 from jaxgpt.data.tokenizer import Tokenizer
@@ -283,7 +283,7 @@ def num_candidates(data: Data) -> int:
 def build_preferences(
     config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate, too_long: TooLong, cache_dir: str
 ) -> Data:
-    """`pipeline.build_data` for preferences; all sources get the same number of candidates C, since they share batches."""
+    """`batches.build_data` for preferences; all sources get the same number of candidates C, since they share batches."""
 
     def make_rows(paths: list[str], split: Split) -> RankedRows:
         return tokenize_preferences(paths, tokenizer, template, config, too_long, split, cache_dir)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.data import chat
+from jaxgpt.data.batches import epoch_permutation
 from jaxgpt.data.chat import ChatTemplate, Message
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.conversations import Located, records_of_side
-from jaxgpt.data.pipeline import epoch_permutation
 from jaxgpt.data.sources import Record, required_field
 from jaxgpt.data.token_cache import Split
 from jaxgpt.data.tokenizer import Tokenizer

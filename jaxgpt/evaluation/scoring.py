@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import partition
-from jaxgpt.data.pipeline import eval_batches
+from jaxgpt.data.batches import eval_batches
 from jaxgpt.data.preference import RankedRows
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.reward import last_token_rewards
@@ -49,7 +49,7 @@ def make_scorer(model: ModelConfig, params: Params, mesh: Mesh) -> Scorer:
 
 
 def score_pairs(score: Scorer, plan: RankedRows, batch_size: int, max_batches: int = 0) -> ScoredPairs:
-    """The pairs of a held-out set; max_batches as in `pipeline.eval_batches`."""
+    """The pairs of a held-out set; max_batches as in `batches.eval_batches`."""
     parts, first = [], 0
     for batch in _whole_batches(plan, batch_size, max_batches):
         rewards_BC = _score(score, batch)

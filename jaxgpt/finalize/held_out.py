@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import partition
 from jaxgpt.config import build
-from jaxgpt.data import pipeline
+from jaxgpt.data import batches
 from jaxgpt.data.config import DataConfig, HoldoutConfig
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
 from jaxgpt.data.packing import RowPlan, make_plan
@@ -84,15 +84,15 @@ def _measure(run: Run, owner: Run, stage: str, paths: Paths, mesh: Mesh) -> Held
     batch_size = -(-values.get("batch_size", 8) // shards) * shards
     step = make_eval_step(objective, mesh, DEFAULT_RULES)
 
-    def batches(plan: Any) -> Iterator[Any]:
+    def on_mesh(plan: Any) -> Iterator[Any]:
         rows = partition.local_rows(mesh, batch_size)
-        for batch in pipeline.eval_batches(
+        for batch in batches.eval_batches(
             plan, batch_size=batch_size, rows=rows, max_batches=data.eval_batches, batch_type=batch_type
         ):
             yield partition.to_global(batch, mesh, batch_size)
 
     def loss(params: Params) -> float:
-        losses = [evaluate(step, params, {}, batches(plan), "eval")["eval/loss"] for plan in plans.values()]
+        losses = [evaluate(step, params, {}, on_mesh(plan), "eval")["eval/loss"] for plan in plans.values()]
         return sum(losses) / len(losses)
 
     return HeldOut(loss, stage, sum(len(plan) for plan in plans.values()))
@@ -129,7 +129,7 @@ def _stage_data(
         objective = make_reward(model, build(RewardConfig, values.get("reward", {}), "reward"))
     else:
         make_rows = conversations if stage == "sft" else None
-        built = pipeline.build_data(data, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
+        built = batches.build_data(data, tokenizer, cache_dir=cache_dir, make_rows=make_rows)
         objective = make_next_token(model, build(LossConfig, values.get("loss", {}), "loss"))
     plans = built.eval if data.holdout.fraction else {name: plan for name, (plan, _) in built.train.items()}
     return plans, objective, PairBatch if stage == "reward" else LMBatch

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import numerics, partition, tree
-from jaxgpt.data import chat, conversations, pipeline
+from jaxgpt.data import batches, chat, conversations
 from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.config import DataConfig, HoldoutConfig
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
@@ -196,7 +196,7 @@ def packed_and_not(tmp_path_factory, model, params):
     results = {}
     for packing in ("none", "best_fit"):
         plan = make_plan(source, packing, LENGTH, PAD)
-        (batch,) = pipeline.eval_batches(plan, batch_size=len(RECORDS), rows=slice(None))
+        (batch,) = batches.eval_batches(plan, batch_size=len(RECORDS), rows=slice(None))
         (loss, sums), gradient = objective(params, batch, None)
         results[packing] = len(plan), float(loss), sums, gradient
     return results

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxgpt.data import conversations, pipeline
+from jaxgpt.data import batches, conversations
 from jaxgpt.data.chat import ChatTemplate, Message
 from jaxgpt.data.config import DataConfig, HoldoutConfig, SourceConfig
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
@@ -229,7 +229,7 @@ def test_rows_and_the_empty_row_have_the_types_of_a_batch(tmp_path):
     rows = dataclasses.replace(rows, reference_logprobs_GC=logprobs)
     assert rows[0]["reference_logprobs_BC"].tolist() == [-1.5, -2.5]
     assert rows.empty_row()["reference_logprobs_BC"].tolist() == [0, 0]
-    (batch,) = pipeline.eval_batches(rows, batch_size=2, rows=slice(None), batch_type=PairBatch)
+    (batch,) = batches.eval_batches(rows, batch_size=2, rows=slice(None), batch_type=PairBatch)
     assert batch.ranks_BC.tolist() == [[0, 1], [-1, -1]]
     assert batch.reference_logprobs_BC.tolist() == [[-1.5, -2.5], [0, 0]]
 
@@ -392,8 +392,8 @@ def test_sources_of_one_run_share_the_number_of_candidates(tmp_path):
 def test_worker_processes_read_the_same_batches(tmp_path):
     data = mixture(tmp_path)
     some = {"batch_size": 4, "seed": 0, "rows": slice(None), "batch_type": PairBatch}
-    here = list(itertools.islice(pipeline.train_batches(data.train, **some), 3))
-    workers = pipeline.train_batches(data.train, **some, num_workers=1)
+    here = list(itertools.islice(batches.train_batches(data.train, **some), 3))
+    workers = batches.train_batches(data.train, **some, num_workers=1)
     there = list(itertools.islice(workers, 3))
     workers.close()
     for ours, theirs in zip(here, there, strict=True):

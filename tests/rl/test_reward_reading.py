@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxgpt import partition
+from jaxgpt.data.batches import eval_batches
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
 from jaxgpt.data.config import DataConfig
-from jaxgpt.data.pipeline import eval_batches
 from jaxgpt.data.preference import tokenize_preferences
 from jaxgpt.evaluation import scoring
 from jaxgpt.evaluation.reward_model import RewardModel as Judge

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxgpt.data import pipeline
+from jaxgpt.data import batches
+from jaxgpt.data.batches import build_data, eval_batches, train_batches, unigram_entropy
 from jaxgpt.data.config import DataConfig, HoldoutConfig, SourceConfig
 from jaxgpt.data.packing import ConcatPlan
-from jaxgpt.data.pipeline import build_data, eval_batches, train_batches, unigram_entropy
 
 T = 4
 ALL = slice(None)
@@ -40,7 +40,7 @@ class CountingPlan:
         return self.plan.empty_row()
 
 
-def batches(sources, count, **kwargs):
+def row_numbers(sources, count, **kwargs):
     """Row numbers of the next batches, [count, rows]."""
     sources = sources if isinstance(sources, dict) else {"text": (sources, 1.0)}
     options = {"batch_size": 8, "seed": 0, "rows": ALL, "prefetch": 0} | kwargs
@@ -61,74 +61,74 @@ def test_a_batch_has_the_fields_of_the_plan():
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_rows_of_all_hosts_make_the_batch_of_one(hosts):
     per_host = 8 // hosts
-    parts = [batches(plan(20), 6, rows=slice(h * per_host, (h + 1) * per_host)) for h in range(hosts)]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), batches(plan(20), 6))
+    parts = [row_numbers(plan(20), 6, rows=slice(h * per_host, (h + 1) * per_host)) for h in range(hosts)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), row_numbers(plan(20), 6))
 
 
 def test_the_order_of_rows_does_not_depend_on_the_batch_size():
     np.testing.assert_array_equal(
-        batches(plan(20), 6, batch_size=8).ravel(), batches(plan(20), 12, batch_size=4).ravel()
+        row_numbers(plan(20), 6, batch_size=8).ravel(), row_numbers(plan(20), 12, batch_size=4).ravel()
     )
 
 
 def test_threads_and_worker_processes_do_not_change_the_order():
     mixture = {"a": (plan(20), 1.0), "b": (plan(30, first=100), 2.0)}
-    expected = batches(mixture, 9, start_batch=5)
-    np.testing.assert_array_equal(batches(mixture, 9, start_batch=5, prefetch=4), expected)
-    np.testing.assert_array_equal(batches(mixture, 9, start_batch=5, prefetch=2, num_workers=2), expected)
+    expected = row_numbers(mixture, 9, start_batch=5)
+    np.testing.assert_array_equal(row_numbers(mixture, 9, start_batch=5, prefetch=4), expected)
+    np.testing.assert_array_equal(row_numbers(mixture, 9, start_batch=5, prefetch=2, num_workers=2), expected)
 
 
 @pytest.mark.parametrize("few_rows", [39, 40])
 def test_every_epoch_is_another_permutation_of_the_rows(monkeypatch, few_rows):
-    monkeypatch.setattr(pipeline, "FEW_ROWS", few_rows)  # below and above it, the shuffle is another
-    epochs = batches(plan(40), 15).reshape(3, 40)
+    monkeypatch.setattr(batches, "FEW_ROWS", few_rows)  # below and above it, the shuffle is another
+    epochs = row_numbers(plan(40), 15).reshape(3, 40)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(40), (3, 1)))
     assert len({tuple(epoch) for epoch in [*epochs, np.arange(40)]}) == 4
 
 
 @pytest.mark.parametrize("size", [2**16 + 1, 2**16 + 2])
 def test_every_row_of_a_large_source_is_visited_once_an_epoch(size):
-    order = pipeline._endless_order(range(size), seed=3)
+    order = batches._endless_order(range(size), seed=3)
     epochs = np.array([[order[epoch * size + i] for i in range(size)] for epoch in range(2)])
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(size), (2, 1)))
     assert np.mean(epochs[0] == epochs[1]) < 0.001
 
 
 def test_without_shuffling_rows_come_in_order_again_and_again():
-    rows = batches(plan(20), 5, shuffle=False).ravel()
+    rows = row_numbers(plan(20), 5, shuffle=False).ravel()
     np.testing.assert_array_equal(rows, np.tile(np.arange(20), 2))
 
 
 def test_a_source_smaller_than_a_batch_is_repeated():
-    assert Counter(batches(plan(3), 3).ravel().tolist()) == {0: 8, 1: 8, 2: 8}
+    assert Counter(row_numbers(plan(3), 3).ravel().tolist()) == {0: 8, 1: 8, 2: 8}
 
 
 def test_starting_at_a_batch_is_skipping_those_before():
-    everything = batches(plan(20), 12)
+    everything = row_numbers(plan(20), 12)
     for start in (1, 5, 11):  # 2.5 batches are an epoch
-        np.testing.assert_array_equal(batches(plan(20), 12 - start, start_batch=start), everything[start:])
+        np.testing.assert_array_equal(row_numbers(plan(20), 12 - start, start_batch=start), everything[start:])
 
 
 def test_starting_far_into_the_run_reads_only_the_rows_of_its_batch():
     counting = CountingPlan(20)
-    rows = batches(counting, 1, start_batch=10**12, rows=slice(2, 4))
+    rows = row_numbers(counting, 1, start_batch=10**12, rows=slice(2, 4))
     assert rows.shape == (1, 2)
     assert counting.reads == 2
 
 
 @pytest.mark.parametrize("few_rows", [39, 40])
 def test_seeds_and_sources_have_orders_of_their_own(monkeypatch, few_rows):
-    monkeypatch.setattr(pipeline, "FEW_ROWS", few_rows)
-    epochs = {seed: batches(plan(40), 10, seed=seed).reshape(2, 40) for seed in (0, 1)}
+    monkeypatch.setattr(batches, "FEW_ROWS", few_rows)
+    epochs = {seed: row_numbers(plan(40), 10, seed=seed).reshape(2, 40) for seed in (0, 1)}
     assert not any((a == b).all() for a in epochs[0] for b in epochs[1])
-    both = batches({"a": (plan(40), 1.0), "b": (plan(40, first=100), 1.0)}, 10).ravel()
+    both = row_numbers({"a": (plan(40), 1.0), "b": (plan(40, first=100), 1.0)}, 10).ravel()
     assert (both[both < 100] != both[both >= 100] - 100).any()
 
 
 def test_each_source_has_its_share_of_any_run_of_rows():
     weights = {"a": 0.6, "b": 0.3, "c": 0.1}
     mixture = {name: (plan(7, first=100 * i), weight) for i, (name, weight) in enumerate(weights.items())}
-    source = batches(mixture, 50, start_batch=3).ravel() // 100
+    source = row_numbers(mixture, 50, start_batch=3).ravel() // 100
     np.testing.assert_allclose(np.bincount(source) / 400, [0.6, 0.3, 0.1], atol=1 / 400)
 
 
