@@ -10,7 +10,7 @@ import os
 
 import jax
 
-from experiments import cli
+from experiments.common import cli
 from jaxgpt import partition
 from jaxgpt.interop.checkpoint import Dtype, export_checkpoint, read_config
 from jaxgpt.partition import MeshConfig

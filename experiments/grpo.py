@@ -8,7 +8,8 @@ The same command as experiments.ppo, with the presets of configs/grpo.py.
 
 import functools
 
-from experiments import cli, ppo
+from experiments import ppo
+from experiments.common import cli
 from jaxgpt.rl.config import RLConfig
 
 main = functools.partial(ppo.main, name="grpo")

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Literal
 
-from experiments import cli
+from experiments.common import cli
 from experiments.demo_data.arithmetic import write_arithmetic
 from experiments.demo_data.stdlib_corpus import write_stdlib_corpus
 from experiments.demo_data.stdlib_tasks import is_held_out_module, write_stdlib_tasks

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import cli
-from experiments.score import score_file
-from experiments.training import Job, train_in
+from experiments.common import cli
+from experiments.common.score import score_file
+from experiments.common.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import batches, conversations, preference
 from jaxgpt.data.sources import check_fields

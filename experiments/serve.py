@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 
-from experiments import cli
+from experiments.common import cli
 from jaxgpt import partition
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.engine import Engine

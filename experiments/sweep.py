@@ -19,10 +19,10 @@ import os
 
 import jax
 
-from experiments import cli
-from experiments.scheduler import failure, log_path, missing, run_all, stage_path
-from experiments.stage_configs import check_stage
-from experiments.stages import fail
+from experiments.common import cli
+from experiments.common.scheduler import failure, log_path, missing, run_all, stage_path
+from experiments.common.stage_configs import check_stage
+from experiments.common.stages import fail
 from jaxgpt.config import to_dict
 from jaxgpt.json_object import to_json
 from jaxgpt.pipeline.expectations import number

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-from experiments import cli
+from experiments.common import cli
 from jaxgpt.config import to_dict
 from jaxgpt.data.config import HoldoutConfig
 from jaxgpt.data.sources import check_fields, content_digest, is_held_out, read_texts, resolve_paths

@@ -8,9 +8,10 @@ import subprocess
 import pytest
 
 from configs import benchmark, evaluate, finalize, pretrain
-from experiments import cli, dpo, export_hf, import_hf, reward, sft
+from experiments import dpo, export_hf, import_hf, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.chat import ChatConfig
+from experiments.common import cli
 from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
 from experiments.make_data import Config as MakeData
@@ -71,6 +72,13 @@ def test_every_config_file_is_covered_and_says_how_it_is_run():
             continue
         assert path.stem in STAGES, f"{path} is exercised by no test"
         assert "python -m experiments." in importlib.import_module(f"configs.{path.stem}").__doc__
+
+
+def test_experiments_holds_commands_alone():
+    files = [path for path in sorted((ROOT / "experiments").glob("*.py")) if path.stem != "__init__"]
+    assert len(files) > 15
+    for path in files:
+        assert '\nif __name__ == "__main__":\n' in path.read_text(), f"{path} is no command"
 
 
 def test_a_benchmark_measures_a_pretraining_preset():

@@ -50,7 +50,8 @@ def serve_tiny() -> None:
     """`experiments.serve` with a random model in place of one that is loaded."""
     import jax
 
-    from experiments import cli, serve
+    from experiments import serve
+    from experiments.common import cli
     from jaxgpt import partition
     from jaxgpt.models import decoder
     from jaxgpt.runs.load import LoadedModel

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments import benchmark, benchmark_rl
+from experiments import benchmark
+from experiments.common import benchmark_rl
 from jaxgpt.data.config import DataConfig
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.ppo import PPOConfig

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from experiments import best_of_n, ppo, training
+from experiments import best_of_n, ppo
+from experiments.common import training
 from jaxgpt.data.chat import CHAT_TEMPLATES
 from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.rl.config import RLConfig

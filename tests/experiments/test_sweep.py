@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from experiments import cli, stages, sweep
+from experiments import sweep
+from experiments.common import cli, stages
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, plan

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from experiments import training
+from experiments.common import training
 from jaxgpt.reporting import report
 
 

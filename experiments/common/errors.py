@@ -7,7 +7,7 @@ import os
 import re
 import types
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 _PARTS = ("jaxgpt", "experiments", "configs", "launch")
 _HINTS = {
     errno.ENOSPC: "the disk is full; make room, or use another folder",

@@ -6,7 +6,7 @@ import signal
 import jax
 import pytest
 
-from experiments.terminal import Terminal
+from experiments.common.terminal import Terminal
 from jaxgpt import partition
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
 from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer

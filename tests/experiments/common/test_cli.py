@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import cli, errors
+from experiments.common import cli, errors
 from experiments.sft import Config
 from jaxgpt.train.config import PretrainConfig, RunConfig
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from experiments import errors
+from experiments.common import errors
 
 
 def caught(function) -> BaseException:

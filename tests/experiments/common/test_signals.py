@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from experiments import signals
-from experiments.stages import wait
+from experiments.common import signals
+from experiments.common.stages import wait
 from jaxgpt.runs.workdir import Stopped
 from tests.experiments.conftest import ROOT, environment
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from experiments import cli, sweep
+from experiments import sweep
+from experiments.common import cli
+from experiments.common.stage_configs import check_stages
 from experiments.pipeline import compare, main
-from experiments.stage_configs import check_stages
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, plan
