@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 
 from jaxgpt import config as config_lib
-from jaxgpt.generate.batching import MAX_ALTERNATIVES
 from jaxgpt.generate.dialogue import Dialogue, Speech
+from jaxgpt.generate.engine import MAX_ALTERNATIVES
 from jaxgpt.generate.samplers import SamplerConfig
 
 HELP = f"""\

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt import partition
-from jaxgpt.generate.loop import generate
+from jaxgpt.generate.decode import generate
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig

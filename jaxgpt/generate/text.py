@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import partition
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.generate import loop
+from jaxgpt.generate import decode
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.types import Array, Params
@@ -154,10 +154,10 @@ def stop_ids(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id", "mesh"))
 def _generate(cfg, params, prompt_BP, mask_BP, index_B, seed, *, max_new, sampler, eos_ids, pad_id, mesh):
-    """`loop.generate` under the mesh, every row with the key of its prompt's index; the result is on every device."""
+    """`decode.generate` under the mesh, every row with the key of its prompt's index; the result is on every device."""
     key_B: Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), index_B)
     with _on(mesh):
-        out = loop.generate(
+        out = decode.generate(
             cfg, params, prompt_BP, mask_BP, key_B, max_new=max_new, sampler=sampler, eos_ids=eos_ids, pad_id=pad_id
         )
     return _replicate(out, mesh)
@@ -166,7 +166,7 @@ def _generate(cfg, params, prompt_BP, mask_BP, index_B, seed, *, max_new, sample
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("top", "mesh"))
 def _probabilities(cfg, params, prompt_BP, mask_BP, *, top, mesh):
     with _on(mesh):
-        out = loop.next_token_probabilities(cfg, params, prompt_BP, mask_BP, top=top)
+        out = decode.next_token_probabilities(cfg, params, prompt_BP, mask_BP, top=top)
     return _replicate(out, mesh)
 
 

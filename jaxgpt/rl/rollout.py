@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import struct
 
-from jaxgpt.generate.loop import generate
+from jaxgpt.generate.decode import generate
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.types import Array, Params

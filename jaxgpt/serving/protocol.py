@@ -11,9 +11,8 @@ from typing import Any
 
 from jaxgpt import config as config_lib
 from jaxgpt.data.chat import ROLES, SAYS_NOTHING, Message
-from jaxgpt.generate.batching import MAX_ALTERNATIVES
 from jaxgpt.generate.dialogue import ChatFormat
-from jaxgpt.generate.engine import Request
+from jaxgpt.generate.engine import MAX_ALTERNATIVES, Request
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import stop_ids
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgpt import partition, tree
 from jaxgpt.data.chat import CHAT_TEMPLATES, Message
-from jaxgpt.generate import loop
+from jaxgpt.generate import decode
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import pad_prompts
 from jaxgpt.interop.checkpoint import load_hf
@@ -50,7 +50,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 forward = jax.jit(decoder.forward, static_argnums=0)
-generate = jax.jit(loop.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
+generate = jax.jit(decode.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import partition
-from jaxgpt.generate import batching, loop
-from jaxgpt.generate.engine import Engine, Request
+from jaxgpt.generate import decode
+from jaxgpt.generate.engine import Engine, Request, decode_step, prefill
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import pad_prompts
 from jaxgpt.models import decoder
@@ -25,7 +25,7 @@ SAMPLERS = (
     SamplerConfig(),
 )
 LONG = dataclasses.replace(CFG, max_seq_length=100)
-generate = jax.jit(loop.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
+generate = jax.jit(decode.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
 
 
 def make_engine(cfg=CFG, num_slots=3, max_length=0, devices=1, **mesh):
@@ -184,14 +184,14 @@ def test_long_prompts_come_in_parts_between_which_others_go_on():
 
 
 def test_nothing_is_compiled_after_the_few_shapes_of_the_start(monkeypatch):
-    traced, decode = [], decoder.decode
+    traced, uncounted = [], decoder.decode
 
     def counted(cfg, params, tokens_BT, *rest):
         traced.append(tokens_BT.shape)
-        return decode(cfg, params, tokens_BT, *rest)
+        return uncounted(cfg, params, tokens_BT, *rest)
 
     monkeypatch.setattr(decoder, "decode", counted)
-    for program in (batching.prefill, batching.decode_step):
+    for program in (prefill, decode_step):
         program.clear_cache()
     engine = make_engine(LONG)
     engine.compile()

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
 from jaxgpt.data.tokenizer import load_tokenizer
-from jaxgpt.generate import loop
+from jaxgpt.generate import decode
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.generate.text import pad_prompts
 from jaxgpt.interop.checkpoint import export_checkpoint, load_hf
@@ -23,7 +23,7 @@ from jaxgpt.partition import unbox
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers
 forward = jax.jit(decoder.forward, static_argnums=0)
 values = jax.jit(lambda cfg, p, *batch: decoder.values(cfg, p, decoder.hidden_states(cfg, p, *batch)), static_argnums=0)
-generate = jax.jit(loop.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
+generate = jax.jit(decode.generate, static_argnums=0, static_argnames=("max_new", "sampler", "eos_ids", "pad_id"))
 SHAPE = {
     "vocab_size": 400, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "max_seq_length": 128,
     "dtype": "float32",

@@ -15,7 +15,7 @@ from jaxgpt.rl.config import RLConfig
 from jaxgpt.rl.models import Builder
 from jaxgpt.rl.rollout import Prompts, RolloutConfig
 from tests.generate.reference import CFG, params
-from tests.generate.test_loop import pad
+from tests.generate.test_decode import pad
 
 PROMPTS = [[3, 9, 1], [7], [2, 16, 5], [8, 8]]
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from jaxgpt import partition
-from jaxgpt.generate import loop
+from jaxgpt.generate import decode
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models import decoder
 from tests.generate.reference import CFG, greedy_reference, params
-from tests.generate.test_loop import GREEDY, STATIC, generate, pad, responses
+from tests.generate.test_decode import GREEDY, STATIC, generate, pad, responses
 
 MAX_NEW = 8
 EOS = (2, 11)  # 11 fills the padding of prompts, too
 # Those without tokens stand first, in the middle and last.
 PROMPTS = [[], [3, 9, 1, 4, 4], [7], [2, 16, 5], [], [12], [5, 5, 8, 13], [1, 6], [10, 3], [4, 15, 14, 9], [8], []]
-slow = jax.jit(loop.generate, static_argnums=0, static_argnames=(*STATIC, "num_slots"))
+slow = jax.jit(decode.generate, static_argnums=0, static_argnames=(*STATIC, "num_slots"))
 
 
 def both(num_slots, cfg=CFG, left=True, rng=None, **change):
@@ -84,14 +84,14 @@ def test_the_same_responses_come_out_with(change):
 
 def run_counted(monkeypatch, prompts, num_slots, **options):
     """(lengths, [tokens.shape, last position] of each pass of the decoder)."""
-    calls, decode = [], decoder.decode
+    calls, uncounted = [], decoder.decode
 
     def counted(cfg, params, tokens_BT, segments_BT, positions_BT, cache):
         jax.debug.callback(lambda last: calls.append((tokens_BT.shape, int(last))), jnp.max(positions_BT))
-        return decode(cfg, params, tokens_BT, segments_BT, positions_BT, cache)
+        return uncounted(cfg, params, tokens_BT, segments_BT, positions_BT, cache)
 
     monkeypatch.setattr(decoder, "decode", counted)
-    run = jax.jit(functools.partial(loop.generate, CFG, num_slots=num_slots, **options))
+    run = jax.jit(functools.partial(decode.generate, CFG, num_slots=num_slots, **options))
     out = jax.block_until_ready(run(params(), *pad(prompts), jax.random.key(1)))
     jax.effects_barrier()
     return np.asarray(out.lengths_B).tolist(), calls
@@ -127,7 +127,7 @@ def test_sharded_over_devices_the_same_responses_come_out():
 
     def run(params, *batch):
         with partition.activate(mesh, partition.DEFAULT_RULES):
-            return loop.generate(CFG, params, *batch, num_slots=4, **options)
+            return decode.generate(CFG, params, *batch, num_slots=4, **options)
 
     plain = generate(CFG, params(), *pad(PROMPTS), jax.random.key(1), **options)
     assert_same(plain, jax.jit(run)(params(), *batch, rng))
@@ -135,4 +135,4 @@ def test_sharded_over_devices_the_same_responses_come_out():
 
 def test_a_negative_number_of_slots_is_an_error():
     with pytest.raises(ValueError, match="num_slots must be 0 .* not -1"):
-        loop.generate(CFG, {}, *pad(PROMPTS), jax.random.key(0), max_new=1, sampler=GREEDY, eos_ids=(), num_slots=-1)
+        decode.generate(CFG, {}, *pad(PROMPTS), jax.random.key(0), max_new=1, sampler=GREEDY, eos_ids=(), num_slots=-1)

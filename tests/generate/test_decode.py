@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from jaxgpt import partition
-from jaxgpt.generate import loop
+from jaxgpt.generate import decode
 from jaxgpt.generate.samplers import SamplerConfig
 from jaxgpt.models import decoder
 from tests.generate.reference import CFG, greedy_reference, logits_after, params
 
 GREEDY = SamplerConfig(temperature=0)
 STATIC = ("max_new", "sampler", "eos_ids", "pad_id")
-generate = jax.jit(loop.generate, static_argnums=0, static_argnames=STATIC)
+generate = jax.jit(decode.generate, static_argnums=0, static_argnames=STATIC)
 PROMPTS = [[3, 9, 1, 4, 4], [7], [2, 16, 5]]
 MAX_NEW = 6
 
@@ -128,16 +128,16 @@ def test_an_eos_in_the_prompt_does_not_stop():
 
 
 def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
-    calls, decode = [], decoder.decode
+    calls, uncounted = [], decoder.decode
 
     def counted(cfg, params, tokens_BT, *rest):
         jax.debug.callback(lambda: calls.append(tokens_BT.shape[1]))
-        return decode(cfg, params, tokens_BT, *rest)
+        return uncounted(cfg, params, tokens_BT, *rest)
 
     monkeypatch.setattr(decoder, "decode", counted)
     ends = tuple(greedy_reference(p, 4)[t] for p, t in zip(PROMPTS, (3, 2, 2), strict=True))
     steps = max(len(greedy_reference(p, 20, ends)) for p in PROMPTS)
-    run = functools.partial(loop.generate, CFG, max_new=20, sampler=GREEDY, eos_ids=ends)
+    run = functools.partial(decode.generate, CFG, max_new=20, sampler=GREEDY, eos_ids=ends)
     jax.block_until_ready(jax.jit(run)(params(), *pad(PROMPTS), jax.random.key(0)))
     jax.effects_barrier()
     assert 1 < steps < 5
@@ -166,7 +166,7 @@ def test_sharded_over_devices_the_same_tokens_come_out():
 
 
 def test_next_token_probabilities_are_the_softmax_of_the_full_forward():
-    view = jax.jit(functools.partial(loop.next_token_probabilities, CFG, top=4))
+    view = jax.jit(functools.partial(decode.next_token_probabilities, CFG, top=4))
     ids_BK, probs_BK = view(params(), *pad(PROMPTS))
     for row, prompt in enumerate(PROMPTS):
         probs = np.exp(log_softmax(logits_after(prompt)))
@@ -186,4 +186,4 @@ def test_next_token_probabilities_are_the_softmax_of_the_full_forward():
 def test_what_cannot_be_generated_is_an_error_with_numbers(change, max_new, message):
     cfg = dataclasses.replace(CFG, **change)
     with pytest.raises(ValueError, match=message):
-        loop.generate(cfg, {}, *pad(PROMPTS), jax.random.key(0), max_new=max_new, sampler=GREEDY, eos_ids=())
+        decode.generate(cfg, {}, *pad(PROMPTS), jax.random.key(0), max_new=max_new, sampler=GREEDY, eos_ids=())
