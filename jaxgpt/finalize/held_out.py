@@ -21,8 +21,7 @@ from jaxgpt.objectives.next_token import LossConfig, make_next_token
 from jaxgpt.objectives.reward import RewardConfig, make_reward
 from jaxgpt.partition import DEFAULT_RULES
 from jaxgpt.runs.load import Run, read_run, without_adapters
-from jaxgpt.train.evaluation import evaluate
-from jaxgpt.train.step import make_eval_step
+from jaxgpt.train.step import evaluate, make_eval_step
 from jaxgpt.types import LMBatch, Objective, PairBatch, Params
 
 Paths = str | tuple[str, ...]

@@ -16,10 +16,9 @@ from jaxgpt.runs.checkpoint import Checkpointer
 from jaxgpt.runs.workdir import JsonLog, StopSignal
 from jaxgpt.train import callbacks
 from jaxgpt.train.config import RunConfig
-from jaxgpt.train.evaluation import evaluate
 from jaxgpt.train.loop import LoopConfig, train
 from jaxgpt.train.optimizer import ema_params, make_optimizer, make_schedule
-from jaxgpt.train.step import abstract_state, init_state, make_eval_step, make_train_step
+from jaxgpt.train.step import abstract_state, evaluate, init_state, make_eval_step, make_train_step
 from jaxgpt.train.throughput import TrainingFlops, peak_flops
 from jaxgpt.types import Metrics, Objective, Params, TrainState
 
