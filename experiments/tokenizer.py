@@ -2,7 +2,7 @@
 
     python -m experiments.tokenizer --config=configs/tokenizer.py --workdir=runs/tokenizer --config.data.train=PATH
 
-See configs/tokenizer.py for presets, jaxgpt/data/tokenizer.py for the fields of `tokenizer`.
+See configs/tokenizer.py for presets, jaxgpt/data/sentencepiece_tokenizer.py for the fields of `tokenizer`.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from experiments.common import cli
 from jaxgpt.config import to_dict
 from jaxgpt.data.config import HoldoutConfig
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.data.sources import check_fields, content_digest, is_held_out, read_texts, resolve_paths
-from jaxgpt.data.tokenizer import TokenizerConfig, bytes_per_token, train_tokenizer
+from jaxgpt.data.tokenizer import bytes_per_token
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs
 

@@ -19,9 +19,10 @@ import numpy as np
 from jaxgpt.data import markers, sources, template_sandbox, template_worker
 from jaxgpt.data.chat_templates import CHAT_TEMPLATES
 from jaxgpt.data.markers import Markers
+from jaxgpt.data.sentencepiece_tokenizer import OUR_NAMES
 from jaxgpt.data.sources import Record
 from jaxgpt.data.template_sandbox import TemplateError
-from jaxgpt.data.tokenizer import OUR_NAMES, Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 LossOn = Literal["assistant", "completion", "all"]

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
-from jaxgpt.data.marker_names import KNOWN_MARKERS
-from jaxgpt.data.tokenizer import BYTES, RESERVED, SPACE
+from jaxgpt.data.hf_tokenizer import SPACE
+from jaxgpt.data.marker_names import KNOWN_MARKERS, RESERVED
+from jaxgpt.data.sentencepiece_tokenizer import BYTES
 
 _PROTO: Any = sentencepiece_model_pb2  # its classes are made as it is imported
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

@@ -25,8 +25,10 @@ import sentencepiece
 
 from jaxgpt.data.chat import FILE_NAME, ChatTemplate
 from jaxgpt.data.hf_tokenizer import CONFIG, FILE, HFTokenizer
+from jaxgpt.data.marker_names import RESERVED
 from jaxgpt.data.markers import marker_aliases
-from jaxgpt.data.tokenizer import RESERVED, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.interop.sentencepieces import token_names, tokenizer_json
 from jaxgpt.json_object import read_object
 

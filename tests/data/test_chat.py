@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from jaxgpt.data import chat
 from jaxgpt.data.chat import ChatTemplate, Message
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.data.sources import Record, present_field, required_field
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.serving import protocol
 
 SIZES = {"bpe": 340, "unigram": 330, "char": 10_000, "word": 310}

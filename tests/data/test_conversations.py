@@ -18,7 +18,7 @@ from jaxgpt.data.chat import ChatTemplate
 from jaxgpt.data.config import DataConfig, HoldoutConfig
 from jaxgpt.data.conversations import SFTConfig, tokenize_conversations
 from jaxgpt.data.packing import make_plan
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.next_token import LossConfig, make_next_token

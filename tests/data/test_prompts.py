@@ -12,8 +12,8 @@ from jaxgpt.data import chat
 from jaxgpt.data.chat import ChatTemplate, Message
 from jaxgpt.data.config import DataConfig, HoldoutConfig
 from jaxgpt.data.prompts import prompt_indices, read_prompts
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.data.sources import is_held_out
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
 
 
 @functools.cache

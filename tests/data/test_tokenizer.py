@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.data import tokenizer as tokenizers
-from jaxgpt.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from jaxgpt.data import sentencepiece_tokenizer as tokenizers
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import bytes_per_token, load_tokenizer
 
 WORDS = [
     "the",
@@ -88,7 +89,7 @@ def test_the_vocabulary_has_the_size_asked_for(trained):
 
 def test_learned_pieces_are_longer_than_characters(trained):
     held_out = [" ".join(np.random.default_rng(1).choice(WORDS, 50))]
-    per_token = {kind: tokenizers.bytes_per_token(t, held_out) for kind, t in trained.items()}
+    per_token = {kind: bytes_per_token(t, held_out) for kind, t in trained.items()}
     assert per_token["char"] == 1.0
     assert per_token["bpe"] > 2.5
     assert per_token["word"] > 3.5

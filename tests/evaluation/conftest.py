@@ -9,7 +9,8 @@ import pytest
 
 from jaxgpt import partition
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig

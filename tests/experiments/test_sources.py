@@ -8,7 +8,7 @@ import pytest
 from experiments import best_of_n, ppo
 from experiments.common import training
 from jaxgpt.data.chat import CHAT_TEMPLATES
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.rl.config import RLConfig
 from tests.experiments.conftest import files, here
 from tests.finalize.conftest import TEXT, Maker, random_params

@@ -11,7 +11,8 @@ import pytest
 from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig

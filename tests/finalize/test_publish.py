@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import partition, tree
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.finalize import publish as publishing
 from jaxgpt.finalize.average import AverageConfig
 from jaxgpt.finalize.config import FinalizeConfig, HeldOutConfig

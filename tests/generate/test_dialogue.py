@@ -3,7 +3,7 @@
 import pytest
 
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.generate.dialogue import ChatFormat, Speech
 
 TOKENIZER = train_tokenizer(["Ann sees Bob: Q A"] * 3, TokenizerConfig(model_type="char", vocab_size=400))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt.data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generate.engine import Request, Token
 from jaxgpt.generate.stream import TextEngine, TextStream
 from tests.generate.reference import CFG

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt import partition
 from jaxgpt.data.chat import ChatTemplate
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.partition import MeshConfig
 from tests.data.test_tokenizer import TEXTS
 

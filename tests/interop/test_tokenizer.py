@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.data.chat import ChatTemplate, Message
-from jaxgpt.data.tokenizer import RAW, TokenizerConfig, load_tokenizer, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import RAW, TokenizerConfig, train_tokenizer
+from jaxgpt.data.tokenizer import load_tokenizer
 from jaxgpt.interop.sentencepieces import tokenizer_json
 from jaxgpt.interop.tokenizer import read_template, read_tokenizer, write_tokenizer
 from tests.data.test_tokenizer import HARD, TEXTS

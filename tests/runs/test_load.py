@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.finalize.average import AverageConfig, find_members
 from jaxgpt.runs.checkpoint import checkpoint_digest
 from jaxgpt.runs.load import load_model, read_run

@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from jaxgpt.data.tokenizer import SentencePieceTokenizer
+from jaxgpt.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from jaxgpt.generate import stream
 from tests.serving.bodies import bodies
 from tests.serving.tiny import (

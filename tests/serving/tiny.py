@@ -10,7 +10,7 @@ import jax
 
 from jaxgpt import partition
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.engine import Engine
 from jaxgpt.generate.stream import TextEngine

@@ -9,7 +9,7 @@ import pytest
 from experiments.common.terminal import Terminal
 from jaxgpt import partition
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
-from jaxgpt.data.tokenizer import TokenizerConfig, train_tokenizer
+from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.generate.dialogue import ChatFormat, Dialogue, Speech
 from jaxgpt.generate.engine import Engine
 from jaxgpt.generate.samplers import SamplerConfig
