@@ -1,5 +1,4 @@
-"""Sampling from a model: `decode` is one jitted loop, for reinforcement learning and batches; `engine` serves requests that
-come and go, a step at a time.
+"""Sampling from a model: `decode` is one jitted loop over a batch, `engine` serves requests that come and go.
 
-The other files draw tokens (`samplers`) and turn tokens into texts, streams and dialogues.
+The other files draw tokens (`samplers`) and make texts, streams and dialogues of them.
 """
