@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 from experiments.common.signals import INTERRUPTED, PREEMPTED
 from experiments.common.stages import start_stage
-from jaxgpt.pipeline.sweep import Run
+from jaxgpt.pipeline.sweep import StageRun
 from jaxgpt.runs import workdir as workdirs
 
 POLL_SECONDS = 0.2
 
 
-class Job(NamedTuple):
+class StartedRun(NamedTuple):
     """A run that is going on, and the lock that is held meanwhile."""
 
-    run: Run
+    run: StageRun
     child: subprocess.Popen
     held: contextlib.ExitStack
 
@@ -51,11 +51,11 @@ def failure(root: str, folder: str) -> int | None:
         return int(file.read())
 
 
-def missing(root: str, chains: Iterable[Mapping[str, Run]]) -> dict[str, Run]:
+def missing(root: str, chains: Iterable[Mapping[str, StageRun]]) -> dict[str, StageRun]:
     """The runs that have to be done for the last of each chain (stage -> run, parents first), by folder, parents first."""
-    needed: dict[str, Run] = {}
+    needed: dict[str, StageRun] = {}
 
-    def visit(chain: Mapping[str, Run], name: str) -> None:
+    def visit(chain: Mapping[str, StageRun], name: str) -> None:
         run = chain[name]
         if run.folder not in needed and not is_finished(root, run.folder):
             for parent in run.stage.parents():
@@ -69,7 +69,7 @@ def missing(root: str, chains: Iterable[Mapping[str, Run]]) -> dict[str, Run]:
 
 def run_all(
     root: str,
-    runs: Mapping[str, Run],
+    runs: Mapping[str, StageRun],
     num_processes: int,
     environment: Mapping[str, str],
     on_finish: Callable[[str], None],
@@ -83,7 +83,7 @@ def run_all(
     """
     waiting, lost = dict(runs), set()
     asked: set[int] = set()  # the workers that were told to stop
-    jobs: dict[int, Job] = {}
+    jobs: dict[int, StartedRun] = {}
     with workdirs.StopSignal() as stop:
         try:
             while jobs or (waiting and not stop.should_stop(0)):
@@ -126,7 +126,7 @@ def run_all(
         raise stop.stopped("before all trials were finished")
 
 
-def _start(root: str, run: Run, environment: Mapping[str, str]) -> Job | None:
+def _start(root: str, run: StageRun, environment: Mapping[str, str]) -> StartedRun | None:
     """Begin or resume a run, if nobody else is doing or has done it."""
     with contextlib.ExitStack() as stack:
         try:
@@ -143,10 +143,10 @@ def _start(root: str, run: Run, environment: Mapping[str, str]) -> Job | None:
             child = start_stage(
                 run.stage, title, folders[run.name], folders, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        return Job(run, child, stack.pop_all())
+        return StartedRun(run, child, stack.pop_all())
 
 
-def _is_done(root: str, job: Job, *, stopped: bool) -> bool:
+def _is_done(root: str, job: StartedRun, *, stopped: bool) -> bool:
     """Whether a run that has ended is complete; where it is not, and was not asked to stop, its failure is noted."""
     folder, code = job.run.folder, job.child.returncode
     if code == 0 and is_finished(root, folder):

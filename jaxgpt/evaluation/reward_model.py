@@ -20,7 +20,7 @@ from jaxgpt.runs.load import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RewardModel:
+class RewardScorer:
     """A reward model with its template, on a mesh; field: the config field that named it, for messages.
 
     Raises ValueError naming the field, for a model without a scalar head or a template.
@@ -69,7 +69,7 @@ class RewardModel:
 
 
 def evaluate_report_card(
-    task: TaskConfig, field: str, judge: RewardModel, *, batch_size: int, cache_dir: str
+    task: TaskConfig, field: str, judge: RewardScorer, *, batch_size: int, cache_dir: str
 ) -> Result:
     """`report_card` of a reward model on the preferences of task.path; batch_size counts prompts."""
     model = judge.model

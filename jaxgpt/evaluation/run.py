@@ -13,7 +13,7 @@ from jaxgpt.evaluation.generation import evaluate_generation
 from jaxgpt.evaluation.multiple_choice import evaluate_multiple_choice
 from jaxgpt.evaluation.perplexity import evaluate_perplexity
 from jaxgpt.evaluation.results import Result
-from jaxgpt.evaluation.reward_model import RewardModel, evaluate_report_card
+from jaxgpt.evaluation.reward_model import RewardScorer, evaluate_report_card
 from jaxgpt.evaluation.win_rate import Judge, evaluate_win_rate, function_judge, reward_judge
 from jaxgpt.rewards.functions import file_and_function, load_function
 from jaxgpt.runs.load import LoadedModel, load_model
@@ -82,7 +82,7 @@ class Evaluation:
         name = self.config.judge
         if file_and_function(name) is not None:
             return function_judge(name)
-        reward_model = RewardModel(load_model(name, self.mesh), self.mesh, f"judge={name!r}")
+        reward_model = RewardScorer(load_model(name, self.mesh), self.mesh, f"judge={name!r}")
         return reward_judge(reward_model, self.config.batch_size)
 
     def run(self, label: str, task: TaskConfig) -> Result:
@@ -90,7 +90,7 @@ class Evaluation:
         field, config = f"tasks.{label}", self.config
         shared: dict[str, Any] = {"mesh": self.mesh, "batch_size": config.batch_size}
         if task.kind == "report_card":
-            subject = RewardModel(self.model, self.mesh, f"init_from={config.init_from!r}")
+            subject = RewardScorer(self.model, self.mesh, f"init_from={config.init_from!r}")
             return evaluate_report_card(task, field, subject, batch_size=config.batch_size, cache_dir=self.cache_dir)
         model = self._writer(self.model, "init_from", field, task)
         if task.kind == "perplexity":

@@ -13,7 +13,7 @@ from jaxgpt.evaluation.generation import Answers, answer_task, read_answer
 from jaxgpt.evaluation.intervals import length_controlled_win_rate, mean_metric
 from jaxgpt.evaluation.prompts import Example
 from jaxgpt.evaluation.results import Result
-from jaxgpt.evaluation.reward_model import RewardModel
+from jaxgpt.evaluation.reward_model import RewardScorer
 from jaxgpt.rewards.functions import checked_values, load_function
 from jaxgpt.runs.load import LoadedModel
 
@@ -56,7 +56,7 @@ def function_judge(name: str) -> Judge:
     return judge
 
 
-def reward_judge(model: RewardModel, batch_size: int) -> Judge:
+def reward_judge(model: RewardScorer, batch_size: int) -> Judge:
     """The judge that prefers the answer with the higher reward; equal rewards tie."""
 
     def judge(examples, ours, theirs) -> Verdicts:

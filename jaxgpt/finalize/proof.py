@@ -18,25 +18,25 @@ from jaxgpt.types import Params
 ROWS, LENGTH = 4, 32
 
 
-class Answers(NamedTuple):
+class Outputs(NamedTuple):
     """logits: f32 [B, T, V], of a reward model its values [B, T]. greedy: i32 [B, R], None for a reward model."""
 
     logits: np.ndarray
     greedy: np.ndarray | None
 
 
-def answers(model: ModelConfig, params: Params, mesh: Mesh) -> Answers:
+def outputs(model: ModelConfig, params: Params, mesh: Mesh) -> Outputs:
     """Logits of fixed random tokens, and what greedy generation writes after the first half of them."""
     length = min(LENGTH, model.max_seq_length)
     tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, (ROWS, length), np.int32)
     logits = _outputs(model, params, tokens_BT, mesh)
     if model.head != "lm" or length < 2:
-        return Answers(np.asarray(logits), None)
+        return Outputs(np.asarray(logits), None)
     greedy = _greedy(model, params, tokens_BT[:, : length // 2], length - length // 2, mesh)
-    return Answers(np.asarray(logits), np.asarray(greedy))
+    return Outputs(np.asarray(logits), np.asarray(greedy))
 
 
-def check_reload(meant: Answers, loaded: Answers, source: Answers, *, is_exact: bool) -> dict[str, Any]:
+def check_reload(meant: Outputs, loaded: Outputs, source: Outputs, *, is_exact: bool) -> dict[str, Any]:
     """The numbers of a proof, for the manifest.
 
     meant: of the parameters in memory as they were to be stored. loaded: of those read back from the files. source: of the

@@ -17,7 +17,7 @@ from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.finalize.encode import Encoder, WeightWriter
 from jaxgpt.finalize.held_out import HeldOut, held_out
 from jaxgpt.finalize.lineage import lineage
-from jaxgpt.finalize.proof import answers, check_reload
+from jaxgpt.finalize.proof import check_reload, outputs
 from jaxgpt.generate.text import stop_ids
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs
@@ -112,7 +112,7 @@ def _store(
     model = without_adapters(run.config)
     measure = held_out(config, run, mesh)
     _, params = load_plain(run, mesh)
-    source, losses = answers(model, params, mesh), _losses(measure, "source", params)
+    source, losses = outputs(model, params, mesh), _losses(measure, "source", params)
     if config.average.kind != "none":
         del params
         params = mean(functools.partial(member.load, mesh) for member in members)
@@ -123,10 +123,10 @@ def _store(
     writer = WeightWriter(Encoder(model, config.dtype, config.group_size), named)
     files = write_weights(folder, writer.layout(), writer.read)
     written = digests(folder)
-    meant = answers(model, tree.from_named(writer.meant), mesh)
+    meant = outputs(model, tree.from_named(writer.meant), mesh)
     del writer, named
     loaded = load_artifact(folder, abstract_params(model, mesh), {"files": written})
-    proof = check_reload(meant, answers(model, loaded, mesh), source, is_exact=not config.changes_values)
+    proof = check_reload(meant, outputs(model, loaded, mesh), source, is_exact=not config.changes_values)
     losses |= _losses(measure, "artifact", loaded)
     size = sum(os.path.getsize(os.path.join(folder, name)) for name in files)
     result: dict[str, Any] = {

@@ -162,7 +162,7 @@ def assignments(config: SweepConfig) -> list[dict[str, Any]]:
     ]
 
 
-class Run(NamedTuple):
+class StageRun(NamedTuple):
     """One stage with the fields of one or more trials; folders: the names, not the paths, of its own and its parents'."""
 
     name: str
@@ -180,10 +180,10 @@ class Trial(NamedTuple):
 
     number: int
     values: dict[str, Any]
-    runs: dict[str, Run]
+    runs: dict[str, StageRun]
 
     @property
-    def last(self) -> Run:
+    def last(self) -> StageRun:
         """The run that has the metric."""
         return list(self.runs.values())[-1]
 
@@ -230,15 +230,15 @@ def _with(fields: Any, path: list[str], value: Any) -> dict[str, Any]:
     return fields
 
 
-def _runs(pipeline: PipelineConfig, config_values: Callable[[str], Mapping]) -> dict[str, Run]:
+def _runs(pipeline: PipelineConfig, config_values: Callable[[str], Mapping]) -> dict[str, StageRun]:
     """The runs of a pipeline's stages; a key holds the parents' keys, so that all are known before anything has run."""
     keys: dict[str, str] = {}
-    runs: dict[str, Run] = {}
+    runs: dict[str, StageRun] = {}
     for name in pipeline.order():
         stage = pipeline.stages[name]
         parents = sorted(stage.parents())
         keys[name] = key(config_values(stage.spec), stage, {parent: keys[parent] for parent in parents})
-        runs[name] = Run(name, stage, {n: f"{n}-{keys[n][:DIGITS]}" for n in (*parents, name)})
+        runs[name] = StageRun(name, stage, {n: f"{n}-{keys[n][:DIGITS]}" for n in (*parents, name)})
     return runs
 
 

@@ -11,7 +11,7 @@ from jaxgpt.serving.protocol import ApiError, Call, internal_error
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
+class ServedCall:
     """A call being served. emit: given (index of a choice, its next piece), or (index, what ended it), by the thread."""
 
     call: Call
@@ -31,8 +31,8 @@ class Worker:
     def __init__(self, engine: TextEngine, *, num_slots: int, max_queue: int):
         self.failure: str | None = None
         self._engine, self._num_slots, self._max_queue = engine, num_slots, max_queue
-        self._waiting: collections.deque[tuple[Job, int]] = collections.deque()
-        self._running: dict[int, tuple[Job, int]] = {}
+        self._waiting: collections.deque[tuple[ServedCall, int]] = collections.deque()
+        self._running: dict[int, tuple[ServedCall, int]] = {}
         self._is_draining = self._is_stopped = False
         self._changed = threading.Condition()
         self._on_failure: Callable[[], object] = lambda: None
@@ -43,7 +43,7 @@ class Worker:
         self._on_failure = on_failure
         self._thread.start()
 
-    def submit(self, call: Call, emit: Callable[[int, Piece | ApiError], None]) -> Job:
+    def submit(self, call: Call, emit: Callable[[int, Piece | ApiError], None]) -> ServedCall:
         """Queue a call. ApiError 429 where the queue is full, 503 while shutting down, 500 where the engine broke."""
         with self._changed:
             if self.failure is not None:
@@ -53,12 +53,12 @@ class Worker:
             room = self._num_slots + self._max_queue - len(self._running) - len(self._waiting)
             if len(call.requests) > room:
                 raise ApiError(429, f"The queue is full: {len(self._waiting)} are waiting.", code="queue_full")
-            job = Job(call, emit)
+            job = ServedCall(call, emit)
             self._waiting.extend((job, index) for index in range(len(call.requests)))
             self._changed.notify_all()
             return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ServedCall) -> None:
         """Give up a job: what waits is dropped, what runs frees its slots before the next step. No piece is awaited."""
         with self._changed:
             job.is_cancelled = True
@@ -111,7 +111,7 @@ class Worker:
                 del self._running[slot]
             self._emit(job, index, piece)
 
-    def _emit(self, job: Job, index: int, piece: Piece | ApiError) -> None:
+    def _emit(self, job: ServedCall, index: int, piece: Piece | ApiError) -> None:
         """Tell a job's client, if there still is one: after `cancel` nobody listens, which the lock makes sure of."""
         if job.is_cancelled:
             return

@@ -10,7 +10,7 @@ from jaxgpt.data.chat import Message
 from jaxgpt.evaluation.config import TaskConfig
 from jaxgpt.evaluation.generation import Answers
 from jaxgpt.evaluation.prompts import read_examples, read_prompt
-from jaxgpt.evaluation.reward_model import RewardModel
+from jaxgpt.evaluation.reward_model import RewardScorer
 from jaxgpt.evaluation.win_rate import evaluate_win_rate, function_judge, reward_judge
 from jaxgpt.generate.samplers import SamplerConfig
 from tests.evaluation.conftest import MAX_SEQ_LENGTH
@@ -51,7 +51,7 @@ def run(model, baseline, judge, mesh, path, **fields):
 
 
 def test_a_model_ties_with_itself(model, reward_model, mesh, write):
-    judge = reward_judge(RewardModel(reward_model, mesh, "judge"), 2)
+    judge = reward_judge(RewardScorer(reward_model, mesh, "judge"), 2)
     found = run(model, model, judge, mesh, write("prompts", *RECORDS))
     assert found.metrics["win_rate"]["value"] == found.metrics["length_controlled_win_rate"]["value"] == 0.5
     assert (found.counts["wins"], found.counts["ties"], found.counts["losses"]) == (0, 3, 0)
@@ -59,7 +59,7 @@ def test_a_model_ties_with_itself(model, reward_model, mesh, write):
 
 
 def test_changing_places_mirrors_the_verdict(model, other, reward_model, mesh, write):
-    judge = reward_judge(RewardModel(reward_model, mesh, "judge"), 2)
+    judge = reward_judge(RewardScorer(reward_model, mesh, "judge"), 2)
     path = write("prompts", *({"prompt": f"{a} {b}"} for a in ("Ann", "Bob", "Cid") for b in ("sees", "likes")))
     one, two = run(model, other, judge, mesh, path), run(other, model, judge, mesh, path)
     for a, b in zip(one.samples, two.samples, strict=True):
@@ -73,7 +73,7 @@ def test_changing_places_mirrors_the_verdict(model, other, reward_model, mesh, w
 
 def test_rewards_are_those_of_float64(reward_model, mesh):
     prompts, responses = [[Message("user", "?")]] * 2, ["the red house", "x"]
-    found = RewardModel(reward_model, mesh, "judge").score(prompts, responses, ["a", "b"], 1, finished=[True] * 2)
+    found = RewardScorer(reward_model, mesh, "judge").score(prompts, responses, ["a", "b"], 1, finished=[True] * 2)
     params = jax.device_get(reward_model.params)
     for prompt, response, reward in zip(prompts, responses, found, strict=True):
         ids = reward_model.template.encode(
@@ -111,4 +111,4 @@ def test_mistakes_of_a_judge_are_one_sentence(model, mesh, write, judges):
     with pytest.raises(ValueError, match="The judge .* has no function 'longest'; the nearest is 'longer'"):
         function_judge(f"{judges}:longest")
     with pytest.raises(ValueError, match="judge='runs/gpt' is not a reward model"):
-        RewardModel(model, mesh, "judge='runs/gpt'")
+        RewardScorer(model, mesh, "judge='runs/gpt'")

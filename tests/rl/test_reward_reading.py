@@ -10,7 +10,7 @@ from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate, Message
 from jaxgpt.data.config import DataConfig
 from jaxgpt.data.preference import tokenize_preferences
 from jaxgpt.evaluation import scoring
-from jaxgpt.evaluation.reward_model import RewardModel as Judge
+from jaxgpt.evaluation.reward_model import RewardScorer
 from jaxgpt.models import decoder
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.partition import MeshConfig
@@ -95,7 +95,7 @@ def test_training_scoring_and_rl_read_the_same_ids_and_so_the_same_reward(tmp_pa
     flat = lambda a: a.reshape(-1, a.shape[-1])
     assert live(flat(batch.tokens_BCT), flat(batch.segments_BCT)) == live(rollout.tokens_BS, rollout.segments_BS)
 
-    judge = Judge(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
+    judge = RewardScorer(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
     in_training = scoring.score_pairs(judge.scorer, plan, 2)
     in_training = np.stack([in_training.chosen_N, in_training.rejected_N], axis=1).ravel()
     in_scoring = judge.score([[Message("user", p)] for p in prompts], responses, [""] * 4, 4, finished=[True] * 4)
@@ -134,7 +134,7 @@ def test_an_answer_that_a_limit_cut_off_is_judged_as_in_rl(model, name):
     rollout = rollout_of(template, ["why?"] * 2, written)
     reward = RewardModel(None, {}, loaded.config, shift=0.0, shares_base=False)
     in_rl = np.asarray(reward_scores(reward, {"reward": loaded.params}, rollout))
-    judge = Judge(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
+    judge = RewardScorer(LoadedModel(loaded.config, loaded.params, loaded.tokenizer, template), mesh, "judge")
     prompts = [[Message("user", "why?")]] * 2
     found = judge.score(prompts, responses, [""] * 2, 2, finished=[False] * 2)
     np.testing.assert_allclose(found, in_rl, atol=1e-5)
