@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.common import signals
+from experiments.shared import signals
 
 if sys.argv[0] == "-m":  # a command, whose imports take seconds
     signals.end_at_once()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import benchmark_rl, cli
+from experiments.shared import benchmark_rl, cli
 from jaxgpt import partition, tree
 from jaxgpt.config import check_bounds
 from jaxgpt.models import decoder

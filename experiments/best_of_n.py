@@ -18,9 +18,9 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import cli
-from experiments.common.training import FREE_FIELDS
 from experiments.ppo import check_room, read_sides
+from experiments.shared import cli
+from experiments.shared.training import FREE_FIELDS
 from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.rewards.functions import check_records, function_digests

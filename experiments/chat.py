@@ -2,7 +2,7 @@
 
     python -m experiments.chat --config.init_from=runs/sft
 
-Lines are messages, and those that begin with / are commands (experiments/common/terminal.py). For presets see
+Lines are messages, and those that begin with / are commands (experiments/shared/terminal.py). For presets see
 configs/chat.py.
 """
 
@@ -13,8 +13,8 @@ from typing import Literal
 
 import jax
 
-from experiments.common import cli
-from experiments.common.terminal import Terminal
+from experiments.shared import cli
+from experiments.shared.terminal import Terminal
 from jaxgpt import partition
 from jaxgpt.config import check_bounds
 from jaxgpt.generate.dialogue import ChatFormat, Dialogue, Speech

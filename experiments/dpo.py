@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import cli
-from experiments.common.training import Job, train_in
+from experiments.shared import cli
+from experiments.shared.training import Job, train_in
 from jaxgpt import partition, tree
 from jaxgpt.data import batches, conversations, preference
 from jaxgpt.data.sources import check_fields

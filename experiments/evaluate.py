@@ -12,8 +12,8 @@ import os
 
 import jax
 
-from experiments.common import cli
-from experiments.common.training import renew_report, try_report
+from experiments.shared import cli
+from experiments.shared.training import renew_report, try_report
 from jaxgpt import partition
 from jaxgpt.config import to_dict
 from jaxgpt.evaluation import results

@@ -10,7 +10,7 @@ import os
 
 import jax
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt import partition
 from jaxgpt.interop.checkpoint import Dtype, export_checkpoint, read_config
 from jaxgpt.partition import MeshConfig

@@ -6,7 +6,7 @@ What it makes is accepted wherever a workdir is: as init_from of every stage, an
 configs/finalize.py for presets, jaxgpt/finalize/config.py for all fields.
 """
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.finalize.publish import finished, publish
 from jaxgpt.reporting.model_card import model_card, summary

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt import partition
 from jaxgpt.config import check_bounds
 from jaxgpt.data import sources

@@ -9,7 +9,7 @@ The same command as experiments.ppo, with the presets of configs/grpo.py.
 import functools
 
 from experiments import ppo
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt.rl.config import RLConfig
 
 main = functools.partial(ppo.main, name="grpo")

@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt.interop.checkpoint import import_checkpoint
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs

@@ -11,10 +11,10 @@ import os
 import sys
 from typing import Literal
 
-from experiments.common import cli
 from experiments.demo_data.arithmetic import write_arithmetic
 from experiments.demo_data.stdlib_corpus import write_stdlib_corpus
 from experiments.demo_data.stdlib_tasks import is_held_out_module, write_stdlib_tasks
+from experiments.shared import cli
 from jaxgpt.config import check_bounds, to_dict
 from jaxgpt.runs import manifest as manifests
 from jaxgpt.runs import workdir as workdirs

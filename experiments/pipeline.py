@@ -17,9 +17,9 @@ from typing import NoReturn
 
 import jax
 
-from experiments.common import cli
-from experiments.common.stage_configs import check_stages
-from experiments.common.stages import fail, start, start_stage, wait
+from experiments.shared import cli
+from experiments.shared.stage_configs import check_stages
+from experiments.shared.stages import fail, start, start_stage, wait
 from jaxgpt.data.sources import read_records
 from jaxgpt.json_object import to_json
 from jaxgpt.pipeline import expectations

@@ -15,8 +15,8 @@ import os
 import jax
 from jax.sharding import Mesh
 
-from experiments.common import cli
-from experiments.common.training import Job, train_in
+from experiments.shared import cli
+from experiments.shared.training import Job, train_in
 from jaxgpt.data.prompts import PromptSet, read_prompts
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.rewards.functions import check_records, function_digests

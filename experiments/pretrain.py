@@ -13,8 +13,8 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from experiments.common import cli
-from experiments.common.training import Job, sample_writer, train_in
+from experiments.shared import cli
+from experiments.shared.training import Job, sample_writer, train_in
 from jaxgpt import partition
 from jaxgpt.data import batches
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer

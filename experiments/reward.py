@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import cli
-from experiments.common.score import score_file
-from experiments.common.training import Job, train_in
+from experiments.shared import cli
+from experiments.shared.score import score_file
+from experiments.shared.training import Job, train_in
 from jaxgpt import partition
 from jaxgpt.data import batches, conversations, preference
 from jaxgpt.data.sources import check_fields

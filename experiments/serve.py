@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt import partition
 from jaxgpt.generate.dialogue import ChatFormat
 from jaxgpt.generate.engine import Engine

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import cli
-from experiments.common.training import Job, sample_writer, train_in
+from experiments.shared import cli
+from experiments.shared.training import Job, sample_writer, train_in
 from jaxgpt import partition
 from jaxgpt.data import batches
 from jaxgpt.data.chat import FIELDS, Message

@@ -19,10 +19,10 @@ import os
 
 import jax
 
-from experiments.common import cli
-from experiments.common.scheduler import failure, log_path, missing, run_all, stage_path
-from experiments.common.stage_configs import check_stage
-from experiments.common.stages import fail
+from experiments.shared import cli
+from experiments.shared.scheduler import failure, log_path, missing, run_all, stage_path
+from experiments.shared.stage_configs import check_stage
+from experiments.shared.stages import fail
 from jaxgpt.config import to_dict
 from jaxgpt.json_object import to_json
 from jaxgpt.pipeline.expectations import number

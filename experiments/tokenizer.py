@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt.config import to_dict
 from jaxgpt.data.config import HoldoutConfig
 from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer

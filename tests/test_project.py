@@ -11,11 +11,11 @@ from configs import benchmark, evaluate, finalize, pretrain
 from experiments import dpo, export_hf, import_hf, reward, sft
 from experiments.benchmark import BenchmarkConfig
 from experiments.chat import ChatConfig
-from experiments.common import cli
 from experiments.evaluate import EvaluateConfig
 from experiments.generate import GenerateConfig
 from experiments.make_data import Config as MakeData
 from experiments.serve import ServeConfig
+from experiments.shared import cli
 from experiments.tokenizer import Config as TokenizerStage
 from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.pipeline.graph import PipelineConfig

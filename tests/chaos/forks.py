@@ -163,7 +163,7 @@ class _Stages:
         os._exit(0)
 
     def start(self, command: str, *arguments: str, **_: Any) -> "_Stages":
-        """In place of experiments.common.stages.start: begin a stage; as much of a Popen as a pipeline needs."""
+        """In place of experiments.shared.stages.start: begin a stage; as much of a Popen as a pipeline needs."""
         sys.stdout.flush()
         print(json.dumps([command, arguments]), file=self._ask, flush=True)
         return self
@@ -175,6 +175,6 @@ class _Stages:
 
 def _fork_stages() -> None:
     """The stages of a pipeline are forks, too, whose operations count with its own."""
-    from experiments.common import stages
+    from experiments.shared import stages
 
     stages.start = _Stages().start  # type: ignore

@@ -51,7 +51,7 @@ def serve_tiny() -> None:
     import jax
 
     from experiments import serve
-    from experiments.common import cli
+    from experiments.shared import cli
     from jaxgpt import partition
     from jaxgpt.models import decoder
     from jaxgpt.runs.load import LoadedModel

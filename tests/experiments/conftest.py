@@ -54,7 +54,7 @@ def killed(file: str, step: int, stage: str, *arguments: str) -> subprocess.Comp
 
 def here(stage: str, *arguments: str) -> None:
     """Run a stage in this process, on its eight devices; ValueError where the command would say it and exit with 2."""
-    from experiments.common import cli
+    from experiments.shared import cli
     from jaxgpt.train.config import PretrainConfig
 
     module = importlib.import_module(f"experiments.{stage}")

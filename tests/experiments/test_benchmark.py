@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.common import benchmark_rl
+from experiments.shared import benchmark_rl
 from jaxgpt.data.config import DataConfig
 from jaxgpt.models.config import ModelConfig
 from jaxgpt.objectives.ppo import PPOConfig

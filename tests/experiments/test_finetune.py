@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.common import training
+from experiments.shared import training
 from jaxgpt import partition, tree
 from jaxgpt.data.chat import Message
 from jaxgpt.models import decoder

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import cli
+from experiments.shared import cli
 from jaxgpt import partition
 from jaxgpt.objectives.ppo import response_values
 from jaxgpt.objectives.reward import last_token_rewards

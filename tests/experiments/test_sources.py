@@ -6,7 +6,7 @@ import re
 import pytest
 
 from experiments import best_of_n, ppo
-from experiments.common import training
+from experiments.shared import training
 from jaxgpt.data.chat import CHAT_TEMPLATES
 from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer
 from jaxgpt.rl.config import RLConfig

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from experiments import sweep
-from experiments.common import cli, stages
+from experiments.shared import cli, stages
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, plan

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from experiments.common import errors
-from experiments.common.score import score_file
+from experiments.shared import errors
+from experiments.shared.score import score_file
 from jaxgpt import tree
 from jaxgpt.finalize.config import FinalizeConfig
 from jaxgpt.finalize.publish import publish

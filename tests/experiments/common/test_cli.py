@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from experiments.common import cli, errors
 from experiments.sft import Config
+from experiments.shared import cli, errors
 from jaxgpt.train.config import PretrainConfig, RunConfig
 
 REFERENCES = """

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from experiments.common import errors
+from experiments.shared import errors
 
 
 def caught(function) -> BaseException:

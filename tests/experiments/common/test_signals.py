@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from experiments.common import signals
-from experiments.common.stages import wait
+from experiments.shared import signals
+from experiments.shared.stages import wait
 from jaxgpt.runs.workdir import Stopped
 from tests.experiments.conftest import ROOT, environment
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from experiments import sweep
-from experiments.common import cli
-from experiments.common.stage_configs import check_stages
 from experiments.pipeline import compare, main
+from experiments.shared import cli
+from experiments.shared.stage_configs import check_stages
 from jaxgpt import config as config_lib
 from jaxgpt.pipeline.graph import PipelineConfig
 from jaxgpt.pipeline.sweep import SweepConfig, plan

@@ -6,7 +6,7 @@ import signal
 import jax
 import pytest
 
-from experiments.common.terminal import Terminal
+from experiments.shared.terminal import Terminal
 from jaxgpt import partition
 from jaxgpt.data.chat import CHAT_TEMPLATES, ChatTemplate
 from jaxgpt.data.sentencepiece_tokenizer import TokenizerConfig, train_tokenizer

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from experiments.common import training
+from experiments.shared import training
 from jaxgpt.reporting import report
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from experiments.common.signals import INTERRUPTED, PREEMPTED
+from experiments.shared.signals import INTERRUPTED, PREEMPTED
 from jaxgpt.pipeline.graph import StageConfig
 from jaxgpt.runs.workdir import Stopped
 

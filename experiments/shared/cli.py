@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 
-from experiments.common import errors, signals
-from experiments.common.config_file import read_config, resolved
+from experiments.shared import errors, signals
+from experiments.shared.config_file import read_config, resolved
 from jaxgpt import config as config_lib
 from jaxgpt import partition
 

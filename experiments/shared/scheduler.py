@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from experiments.common.signals import INTERRUPTED, PREEMPTED
-from experiments.common.stages import start_stage
+from experiments.shared.signals import INTERRUPTED, PREEMPTED
+from experiments.shared.stages import start_stage
 from jaxgpt.pipeline.sweep import StageRun
 from jaxgpt.runs import workdir as workdirs
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import experiments
-from experiments.common import cli
-from experiments.common.errors import ROOT
+from experiments.shared import cli
+from experiments.shared.errors import ROOT
 from jaxgpt.data.sources import resolve_paths
 from jaxgpt.pipeline.graph import PipelineConfig, StageConfig
 from jaxgpt.rewards.functions import file_and_function

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from experiments.common.errors import ROOT, raised_in
+from experiments.shared.errors import ROOT, raised_in
 
 _DEEPEST = 50  # sections in sections; a section that stands in itself has no end
 
