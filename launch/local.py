@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 
-PREEMPTED, INTERRUPTED = 42, 130  # the exit codes of commands that a signal stopped, and that have saved
+from launch import common
+
 GRACE_SECONDS = 15.0  # for survivors to notice, save and end by themselves
 
 
@@ -61,8 +62,8 @@ def main(arguments: list[str]) -> int:
     if first is None:
         return 0
     code = processes[first].returncode
-    if code in (PREEMPTED, INTERRUPTED):
-        return INTERRUPTED if signal.SIGINT in heard else code
+    if code in (common.PREEMPTED, common.INTERRUPTED):
+        return common.INTERRUPTED if signal.SIGINT in heard else code
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"error: process {first} of {len(processes)} {how} first; the job is over.", file=sys.stderr)
     return 128 - code if code < 0 else code
@@ -70,19 +71,12 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's options, and the command after --."""
-    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__.split("\n")[0])
-    parser.add_argument("--num_processes", type=int, default=2, help="processes to start")
+    parser = common.Parser("local", __doc__)
+    parser.add_argument("--num_processes", type=common.at_least(1), default=2, help="processes to start")
     parser.add_argument(
         "--devices_per_process", type=int, default=0, help="simulated CPU devices of each; 0: as they are"
     )
-    parser.add_argument("--dry_run", action="store_true", help="print what would be run")
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    if not command:
-        parser.error("the command to run is missing: ... -- python -m experiments.pretrain --config=...")
-    if options.num_processes < 1:
-        parser.error(f"--num_processes must be at least 1, not {options.num_processes}")
-    return options, command
+    return parser.parse(arguments)
 
 
 def free_port() -> int:
