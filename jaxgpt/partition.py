@@ -8,13 +8,17 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
+import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax._src.clusters import GceTpuCluster  # nothing public tells a slice from a TPU that is alone
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -218,23 +222,101 @@ def to_global(batch: Any, mesh: Mesh, batch_size: int) -> Any:
     )
 
 
+# Launchers that announce several processes: the name of each, jax's for it, the variables of the
+# number of processes and of this one's rank, and the one from which jax finds the coordinator.
+_LAUNCHERS = (
+    ("Open MPI", "ompi", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"),
+    ("SLURM", "slurm", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+)
+
+
 def start_distributed(heartbeat_timeout_seconds: int = 30) -> None:
     """Join the multi-controller job this process belongs to; nothing to do where it is alone.
 
-    Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch.local sets them), or lets jax find the
-    cluster by itself where JAXGPT_DISTRIBUTED=1 (TPU pods, SLURM, GKE). Survivors notice a lost process within the
-    heartbeat.
+    The job is found by what is there, the first of: JAX_NUM_PROCESSES, JAX_PROCESS_ID and
+    JAX_COORDINATOR_ADDRESS (launch.local sets them; JAX_NUM_PROCESSES=1 alone asks for none); Open
+    MPI's or SLURM's variables; the hosts of a TPU slice as GKE, or a TPU VM's metadata, names them.
+    Survivors notice a lost process within the heartbeat.
+
+    Raises:
+      ValueError: where several processes are announced and nothing names their coordinator.
     """
     env = os.environ
+    join = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
     if "JAX_NUM_PROCESSES" in env:
-        jax.distributed.initialize(
-            env["JAX_COORDINATOR_ADDRESS"],
-            int(env["JAX_NUM_PROCESSES"]),
-            int(env["JAX_PROCESS_ID"]),
-            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+        if _number("JAX_NUM_PROCESSES") > 1 or "JAX_COORDINATOR_ADDRESS" in env:
+            _join_as_told(join, "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        return
+    for launcher in _LAUNCHERS:
+        if launcher[3] in env and _number(launcher[2]) > 1:
+            _join_of_launcher(join, *launcher)
+            return
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        raise ValueError(
+            "JAX_COORDINATOR_ADDRESS is set, but nothing says how many processes there are; set "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, too."
         )
-    elif env.get("JAXGPT_DISTRIBUTED") == "1":
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout_seconds)
+    _join_slice(join)
+
+
+def _join_as_told(join: Callable[..., None], count: str, rank: str) -> None:
+    """Join by JAX_COORDINATOR_ADDRESS and these variables."""
+    missing = [name for name in (rank, "JAX_COORDINATOR_ADDRESS") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{count}={os.environ[count]} announces several processes, but {' and '.join(missing)} "
+            "must be set, too (JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0)."
+        )
+    address, number, index = os.environ["JAX_COORDINATOR_ADDRESS"], _number(count), _number(rank)
+    if not index < number:
+        raise ValueError(f"{rank}={index} must be at least 0 and less than {count}={number}.")
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0.")
+    join(address, number, index)
+
+
+def _join_of_launcher(join: Callable[..., None], name: str, method: str, count: str, rank: str, finder: str) -> None:
+    """Join as a task of Open MPI or SLURM."""
+    if finder in os.environ:
+        join(cluster_detection_method=method)
+    elif "JAX_COORDINATOR_ADDRESS" in os.environ:
+        _join_as_told(join, count, rank)
+    elif method == "ompi" and importlib.util.find_spec("mpi4py"):
+        join(cluster_detection_method="mpi4py")  # Open MPI 5 names no coordinator
+    else:
+        how = "start it with srun" if method == "slurm" else "install mpi4py"
+        raise ValueError(
+            f"{name} announces {os.environ[count]} processes ({count}), but nothing names their "
+            f"coordinator; {how}, or set JAX_COORDINATOR_ADDRESS to HOST:PORT of process 0, or "
+            "JAX_NUM_PROCESSES=1 to run this process alone."
+        )
+
+
+def _join_slice(join: Callable[..., None]) -> None:
+    """Join the hosts of a TPU slice, or of several; nothing to do without a TPU, or with one host."""
+    env, platforms = os.environ, jax.config.values["jax_platforms"] or ""
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", "")).split(",")
+    number = len(hosts) * (_number("MEGASCALE_NUM_SLICES") if env.get("MEGASCALE_NUM_SLICES") else 1)
+    if "tpu" not in platforms:  # jax puts it there where it sees one, unless JAX_PLATFORMS is set
+        if number > 1 and not platforms:
+            raise ValueError(
+                f"TPU_WORKER_HOSTNAMES and MEGASCALE_NUM_SLICES announce {number} hosts of TPUs, but "
+                "jax sees no TPU here; pip install -e '.[tpu]'."
+            )
+        return
+    listed = "TPU_PROCESS_ADDRESSES_PATH" in env  # a file of them, which jax reads
+    if listed or (hosts[0] and number > 1):
+        join(cluster_detection_method="gketpu")
+    elif not hosts[0] and GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1:
+        join(cluster_detection_method="gcetpu")
+
+
+def _number(variable: str) -> int:
+    """The whole number that an environment variable holds."""
+    text = os.environ.get(variable, "1")
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{variable}={text} must be a whole number of at least 0.")
+    return int(text)
 
 
 def per_device(fn, in_names: Sequence[tuple], out_names: tuple):
