@@ -68,11 +68,11 @@ def add_restarts(parser: Parser) -> None:
 
 
 def job_name(text: str) -> str:
-    """A name that Kubernetes, Google Cloud and SLURM all take."""
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", text):
-        near = re.sub("[^a-z0-9]+", "-", text.lower()).lstrip("0123456789-")[:40].strip("-")
+    """A name that Kubernetes, Google Cloud, gcluster (28 characters) and SLURM all take."""
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,26}[a-z0-9])?", text):
+        near = re.sub("[^a-z0-9]+", "-", text.lower()).lstrip("0123456789-")[:28].strip("-")
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be a letter and then at most 39 small letters, digits and hyphens: {near or 'run-1'!r}"
+            f"{text!r} must be a letter and then at most 27 small letters, digits and hyphens: {near or 'run-1'!r}"
         )
     return text
 

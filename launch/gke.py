@@ -1,8 +1,7 @@
 r"""A job on TPU slices of a GKE cluster: a JobSet in a queue of Kueue, restarted until it is done.
 
     python -m launch.gke --name=run1 --slice=v5p:4x4x4 [--num_slices=2] --image=REGISTRY/jaxgpt \
-        --cluster=CLUSTER [--mount=gs://bucket:/data] [--dry_run] \
-        -- python -m experiments.pretrain ...
+        [--mount=gs://bucket:/data] [--dry_run] -- python -m experiments.pretrain ...
 
 gcluster (Cluster Toolkit, the successor of xpk) builds the image from this folder where
 --base_image is given in place of --image; --by=kubectl --queue=LOCAL_QUEUE writes the JobSet
@@ -86,18 +85,12 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             print(shlex.join(words))
             return 0
-        at = [
-            "--cluster",
-            options.cluster,
-            *(["--location", options.location] if options.location else []),
-        ]
+        where = given({"--cluster": options.cluster, "--location": options.location})
+        following = [["list"], ["logs", options.name, "--follow"], ["cancel", options.name]]
         return common.submitted(
             common.call(words),
             "gcluster",
-            [
-                shlex.join(["gcluster", "job", what, options.name, *rest, *at])
-                for what, *rest in (["logs", "-f"], ["cancel"])
-            ],
+            [shlex.join(["gcluster", "job", *rest, *where]) for rest in following],
         )
     text = common.to_yaml(jobset(options, command))
     words = [
@@ -135,8 +128,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--queue", help="Kueue's LocalQueue; gcluster finds the cluster's own")
     parser.add_argument("--image", help="a container with the project in its working folder (see Containerfile)")
     parser.add_argument("--base_image", help="what gcluster puts this folder into, instead of --image")
-    parser.add_argument("--cluster", help="the cluster's name, for gcluster")
-    parser.add_argument("--location", help="the cluster's region or zone, for gcluster")
+    parser.add_argument("--cluster", help="its name, for gcluster; empty: as `gcluster job config` has it")
+    parser.add_argument("--location", help="its region or zone, for gcluster")
     parser.add_argument("--service_account", help="of Kubernetes, with access to the buckets")
     parser.add_argument(
         "--mount",
@@ -157,32 +150,28 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("one of --image and --base_image is needed.")
     if options.by == "kubectl" and not (options.image and options.queue):
         parser.error("--by=kubectl needs --image and --queue.")
-    if options.by == "gcluster" and not options.cluster:
-        parser.error("--by=gcluster needs --cluster.")
     return options, command
+
+
+def given(options: dict[str, str | None]) -> list[str]:
+    """The options that have a value, as words of a command line."""
+    return [word for name, value in options.items() if value for word in (name, value)]
 
 
 def gcluster(options, command: list[str]) -> list[str]:
     """The line that submits the job by Cluster Toolkit."""
-    image = (
-        ["--image", options.image] if options.image else ["--base-image", options.base_image, "--build-context", "."]
+    words = ["gcluster", "job", "submit", "--name", options.name]
+    words += given(
+        {
+            "--cluster": options.cluster,
+            "--location": options.location,
+            "--queue": options.queue,
+            "--service-account": options.service_account,
+            "--image": options.image,
+            "--base-image": options.base_image,
+            "--build-context": "." if options.base_image else None,
+        }
     )
-    optional = {
-        "--location": options.location,
-        "--queue": options.queue,
-        "--service-account": options.service_account,
-    }
-    words = [
-        "gcluster",
-        "job",
-        "submit",
-        "--name",
-        options.name,
-        "--cluster",
-        options.cluster,
-        *image,
-    ]
-    words += [word for name, value in optional.items() if value for word in (name, value)]
     words += ["--compute-type", options.slice.machine_type, "--topology", options.slice.topology]
     words += ["--num-slices", str(options.num_slices), "--restarts", str(options.max_restarts)]
     # It fails the job on every code that is not listed.

@@ -40,6 +40,7 @@ apt="sudo apt-get -o DPkg::Lock::Timeout=600 -qq"  # a new machine updates itsel
 [ -x .venv/bin/pip ] || python3.11 -m venv --clear .venv 2> /dev/null ||
     {{ $apt update && $apt install -y python3.11-venv && python3.11 -m venv --clear .venv; }}
 .venv/bin/pip install --quiet --editable '.[tpu]' --constraint constraints.txt
+{setup}
 """
 # Does nothing where the command runs or has ended.
 START = """cd {name} || exit 1
@@ -116,6 +117,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="OPTION",
         help="any other option of the request, e.g. --create=--reserved; may be repeated",
     )
+    parser.add_argument("--setup", default="", help="a line for every host's shell, once the project is there")
     parser.add_argument("--keep", action="store_true", help="keep, and pay for, the machines at the end")
     parser.add_argument("--poll_seconds", type=float, default=30.0, help="between looks at the request")
     parser.add_argument(
@@ -181,7 +183,7 @@ def copying(options, archive: str) -> list[str]:
 def scripts(options, line: str) -> tuple[str, str]:
     """The scripts that install the project and start its command."""
     start = START.format(name=options.name, line=shlex.quote(line), other=shlex.quote(OTHER))
-    return INSTALL.format(name=options.name), start
+    return INSTALL.format(name=options.name, setup=options.setup), start
 
 
 def follow(options, seen: int) -> str:

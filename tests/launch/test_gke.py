@@ -1,11 +1,13 @@
 """GKE: the line for gcluster and the JobSet for kubectl."""
 
 import shlex
+import tomllib
 
 import pytest
 import yaml
 
 from launch import gke
+from tests.launch.conftest import ROOT
 from tests.launch.shapes import JOBSET, differences
 
 COMMAND = (
@@ -91,7 +93,7 @@ def test_gcluster_gets_the_image_the_slice_and_the_codes_to_restart_on(fakes):
         "--command": given["--command"],
     }
     assert shlex.split(given["--command"]) == ["exec", "env", "A=b c", *COMMAND[1:]]
-    assert "gcluster job logs run1 -f --cluster c --location us-east5" in done.stdout
+    assert "gcluster job logs run1 --follow --cluster c --location us-east5" in done.stdout
 
 
 def test_kubectl_gets_a_jobset_of_the_published_shape(fakes):
@@ -169,7 +171,6 @@ def test_the_jobset_starts_again_exactly_after_codes_that_a_new_start_may_mend(c
         (["--image=i", "--base_image=j", "--cluster=c"], "--image and --base_image"),
         (["--cluster=c"], "--image and"),
         (["--by=kubectl", "--image=i"], "--queue"),
-        (["--image=i"], "--cluster"),
         (["--by=xpk"], "gcluster"),
         (["--image=i", "--cluster=c", "--mount=bucket"], "gs://BUCKET:/FOLDER"),
         (["--image=i", "--cluster=c", "--env=A"], "NAME=VALUE"),
@@ -199,6 +200,16 @@ def test_a_cluster_that_takes_no_job_is_exit_code_2_and_a_dry_run_calls_nothing(
     assert refused.returncode == 2
     assert "exceeded quota" in refused.stderr
     assert "nothing was started" in refused.stderr
+
+
+def test_the_image_has_every_package_and_nothing_else():
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name.rstrip("*") for name in setup["packages"]["find"]["include"]}
+    assert copied == packages | {"pyproject.toml", "constraints.txt", "README.md"}
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in kept if line.startswith("!")} == copied
 
 
 def test_a_tool_that_is_not_installed_is_named(fakes):

@@ -66,14 +66,15 @@ def test_variables_slices_and_other_options_reach_gcloud_and_the_command(fakes):
     fakes.plan()
     more = (
         "--env=A=b c",
+        "--setup=echo mounted > set-up",
         "--num_slices=2",
         "--spot",
         "--project=p",
         "--create=--reserved",
         "--keep",
     )
-    done = fakes.run("tpu_vm", *OPTIONS, *more, *job(fakes, 'echo "with $A"'))
-    assert "with b c" in done.stdout.splitlines()
+    done = fakes.run("tpu_vm", *OPTIONS, *more, *job(fakes, 'echo "with $A, $(cat set-up)"'))
+    assert "with b c, mounted" in done.stdout.splitlines()
     creation = next(call["arguments"] for call in fakes.calls() if call["arguments"][3] == "create")
     assert {"--node-count=2", "--spot", "--project=p", "--reserved"} < set(creation)
     assert "--node-id=run1" not in creation
