@@ -25,10 +25,8 @@ GRACE_SECONDS = 15.0  # for survivors to notice, save and end by themselves
 def main(arguments: list[str]) -> int:
     """Run the job; returns the exit code of the process that ended it (128 + signal where a signal did)."""
     options, command = parse(arguments)
-    port = free_port()
-    environments = [environment(i, port, options) for i in range(options.num_processes)]
     if options.dry_run:
-        for added in environments:
+        for added in environments(options):
             print(*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(command))
         return 0
     processes: list[subprocess.Popen] = []
@@ -45,7 +43,21 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    for added in environments:
+    for left in reversed(range(options.max_restarts + 1)):
+        code = run(options, command, processes, heard)
+        if code in common.FINAL or heard or not left:
+            break
+        print(f"Exit code {code}; the job starts again.", file=sys.stderr)
+    return common.INTERRUPTED if code == common.PREEMPTED and signal.SIGINT in heard else code
+
+
+def run(options: argparse.Namespace, command: list[str], processes: list[subprocess.Popen], heard: list[int]) -> int:
+    """Start the processes, which are put into the list, and wait for all; returns the job's exit code.
+
+    heard: signals that the launcher got, also while this runs.
+    """
+    processes.clear()
+    for added in environments(options):
         processes.append(
             subprocess.Popen(
                 command, env=os.environ | added, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -63,7 +75,7 @@ def main(arguments: list[str]) -> int:
         return 0
     code = processes[first].returncode
     if code in (common.PREEMPTED, common.INTERRUPTED):
-        return common.INTERRUPTED if signal.SIGINT in heard else code
+        return code
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"error: process {first} of {len(processes)} {how} first; the job is over.", file=sys.stderr)
     return 128 - code if code < 0 else code
@@ -76,6 +88,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--devices_per_process", type=int, default=0, help="simulated CPU devices of each; 0: as they are"
     )
+    parser.add_argument(
+        "--max_restarts", type=common.at_least(0), default=0, help="starts after 42 or a killed process"
+    )
     return parser.parse(arguments)
 
 
@@ -84,6 +99,12 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def environments(options: argparse.Namespace) -> list[dict[str, str]]:
+    """What each process finds in its environment; all have one coordinator."""
+    port = free_port()
+    return [environment(index, port, options) for index in range(options.num_processes)]
 
 
 def environment(index: int, port: int, options: argparse.Namespace) -> dict[str, str]:

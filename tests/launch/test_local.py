@@ -69,6 +69,34 @@ def test_a_signal_reaches_every_process_and_their_exit_code_is_the_jobs(number, 
     assert err == "", "a job that has saved is no failure"
 
 
+@pytest.mark.parametrize(
+    ("ends", "restarts", "expected", "starts"),
+    [
+        (["42", "kill", "0"], 5, 0, 3),
+        (["kill", "kill", "kill"], 1, 137, 2),
+        (["134", "2"], 5, 2, 2),
+        (["1"], 5, 1, 1),
+        (["42"], 0, 42, 1),
+    ],
+)
+def test_a_job_starts_again_as_often_as_it_may_and_only_where_that_may_mend_it(
+    tmp_path, ends, restarts, expected, starts
+):
+    script = (
+        "import os, pathlib, sys\n"
+        "if os.environ['JAX_PROCESS_ID'] == '1': sys.exit(0)\n"
+        f"count = pathlib.Path({str(tmp_path / 'count')!r})\n"
+        "start = len(count.read_text()) if count.exists() else 0\n"
+        "count.write_text('x' * (start + 1))\n"
+        f"end = {ends}[start]\n"
+        "os.kill(os.getpid(), 9) if end == 'kill' else sys.exit(int(end))"
+    )
+    done = launch(f"--max_restarts={restarts}", code=script)
+    assert done.returncode == expected, done.stderr
+    assert (tmp_path / "count").read_text() == "x" * starts
+    assert done.stderr.count("the job starts again") == starts - 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["--num_processes=0", "--", "true"], ["--processes=2", "--", "true"]])
 def test_a_mistake_is_exit_code_2(arguments):
     done = launch(*arguments)

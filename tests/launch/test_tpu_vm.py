@@ -1,6 +1,10 @@
 """TPU VMs by queued resources, on hosts that are folders, in which a fake gcloud runs the scripts."""
 
+import os
+import pathlib
 import signal
+import subprocess
+import time
 
 import pytest
 
@@ -83,7 +87,7 @@ def test_variables_slices_and_other_options_reach_gcloud_and_the_command(fakes):
 
 def test_a_run_preempted_twice_asks_for_machines_again_and_ends_where_one_without_would(fakes):
     fakes.plan(create=["", "", "RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPerProject' has been exceeded."])
-    done = fakes.run("tpu_vm", *OPTIONS, "--spot", *job(fakes, COUNT))
+    done = fakes.run("tpu_vm", *OPTIONS, "--spot", "--max_restarts=0", *job(fakes, COUNT))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for host in ("host0", "host1"):
@@ -116,6 +120,54 @@ def test_a_lost_host_starts_all_of_them_again_on_the_same_machines(fakes):
     assert "run1: exit code 137; the command starts again." in done.stdout
     assert "host0 again" in done.stdout.splitlines()
     assert fakes.verbs().count("create") == 1
+
+
+def test_a_preempted_run_starts_again_on_machines_that_are_still_there_and_counts_as_no_restart(fakes):
+    fakes.plan()
+    script = "echo start >> $SHARED/$host; [ $(wc -l < $SHARED/$host) = 3 ] || exit 42"
+    done = fakes.run("tpu_vm", *OPTIONS, "--max_restarts=0", *job(fakes, script))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (fakes.root / "shared" / "host0").read_text() == "start\n" * 3
+    assert fakes.verbs().count("create") == 1
+
+
+def test_a_hanging_host_is_killed_where_the_others_have_ended(fakes):
+    fakes.plan()
+    script = """
+    if [ ! -f $SHARED/$host.pid ]; then
+        echo $$ > $SHARED/$host.pid
+        [ $host = host0 ] || exec sleep 1000
+        while [ ! -f $SHARED/host1.pid ]; do sleep 0.01; done
+        exit 134
+    fi
+    echo $host again; touch $SHARED/$host.again
+    """
+    options = [option for option in OPTIONS if "grace" not in option]
+    done = fakes.run("tpu_vm", *options, "--grace_seconds=1", *job(fakes, script))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (fakes.root / "shared" / "host1.again").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((fakes.root / "shared" / "host1.pid").read_text()), 0)
+
+
+def test_a_host_that_shuts_down_leaves_the_exit_code_of_the_process_that_saved(tmp_path):
+    options, _ = tpu_vm.parse([*OPTIONS, "--", "true"])
+    (tmp_path / "run1").mkdir()
+    saves = "trap 'echo saved; exit 42' TERM; echo ready; while :; do sleep 0.01; done"
+    _, start = tpu_vm.scripts(options, saves)
+    subprocess.run(["bash", "-c", start], cwd=tmp_path, check=True)
+    folder = tmp_path / "run1"
+    wait_for(folder / "job.log", "ready\n")
+    os.killpg(int((folder / "job.pid").read_text()), signal.SIGTERM)
+    wait_for(folder / "job.exit", "42\n")
+    assert (folder / "job.log").read_text().endswith("saved\n")
+
+
+def wait_for(file: pathlib.Path, text: str) -> None:
+    deadline = time.monotonic() + 100
+    while not file.exists() or file.read_text() != text:
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
@@ -163,7 +215,7 @@ def test_what_gcloud_refuses_is_one_sentence_and_leaves_nothing_behind(fakes, pl
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
 def test_a_signal_ends_the_launcher_alone_and_the_same_line_watches_again(fakes, number, code):
     fakes.plan()
-    command = job(fakes, "echo begun; while [ ! -f $SHARED/go ]; do sleep 0.01; done; echo done")
+    command = job(fakes, "echo begun; while [ ! -f $SHARED/go ]; do sleep 0.01; done; wc -c < constraints.txt")
     first = fakes.start("tpu_vm", *OPTIONS, *command)
     assert first.stdout is not None
     while first.stdout.readline() != "begun\n":
@@ -173,13 +225,14 @@ def test_a_signal_ends_the_launcher_alone_and_the_same_line_watches_again(fakes,
     assert first.returncode == code
     assert "the job goes on" in err
 
+    (fakes.root / "project" / "constraints.txt").write_text("new")  # not under a command that runs
     other = fakes.run("tpu_vm", *OPTIONS, "--env=A=b", *command)
     assert other.returncode == 2
     assert "another command runs as run1" in other.stderr
     (fakes.root / "shared" / "go").touch()
     second = fakes.run("tpu_vm", *OPTIONS, *command)
     assert second.returncode == 0, second.stderr
-    assert second.stdout.splitlines()[1:3] == ["begun", "done"]
+    assert second.stdout.splitlines()[1:3] == ["begun", "0"]
     assert fakes.verbs().count("create") == 1
 
 
