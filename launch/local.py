@@ -3,8 +3,8 @@
     python -m launch.local --num_processes=2 [--devices_per_process=4] [--dry_run] -- python -m experiments.pretrain ...
 
 Each process's lines are printed behind [its number]. When one ends badly the others are ended too, and the last line
-says which it was and how; run the same command again to resume. One that saved after SIGTERM or Ctrl-C ends with its exit
-code, 42 or 130.
+says which it was and how; run the same command again to resume, or let --max_restarts=N do so after 42 and where a process
+was killed. One that saved after SIGTERM or Ctrl-C ends with its exit code, 42 or 130.
 """
 
 import argparse
@@ -44,17 +44,24 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     for left in reversed(range(options.max_restarts + 1)):
-        code = run(options, command, processes, heard)
-        if code in common.FINAL or heard or not left:
+        code, how = run(options, command, processes, heard)
+        again = left and code not in common.FINAL and not heard
+        if how:
+            print(f"error: {how} first; the job {'starts again' if again else 'is over'}.", file=sys.stderr)
+        elif again:
+            print("The job was preempted; it starts again.", file=sys.stderr)
+        if not again:
             break
-        print(f"Exit code {code}; the job starts again.", file=sys.stderr)
     return common.INTERRUPTED if code == common.PREEMPTED and signal.SIGINT in heard else code
 
 
-def run(options: argparse.Namespace, command: list[str], processes: list[subprocess.Popen], heard: list[int]) -> int:
-    """Start the processes, which are put into the list, and wait for all; returns the job's exit code.
+def run(
+    options: argparse.Namespace, command: list[str], processes: list[subprocess.Popen], heard: list[int]
+) -> tuple[int, str]:
+    """Start the processes, which are put into the list, and wait for all of them.
 
-    heard: signals that the launcher got, also while this runs.
+    heard: signals that the launcher got, also while this runs. Returns the job's exit code and which
+    process ended it how, "" where all have finished or saved.
     """
     processes.clear()
     for added in environments(options):
@@ -72,13 +79,12 @@ def run(options: argparse.Namespace, command: list[str], processes: list[subproc
     for printer in printers:
         printer.join()
     if first is None:
-        return 0
+        return 0, ""
     code = processes[first].returncode
     if code in (common.PREEMPTED, common.INTERRUPTED):
-        return code
+        return code, ""
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(f"error: process {first} of {len(processes)} {how} first; the job is over.", file=sys.stderr)
-    return 128 - code if code < 0 else code
+    return 128 - code if code < 0 else code, f"process {first} of {len(processes)} {how}"
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
