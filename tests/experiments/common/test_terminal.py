@@ -112,9 +112,11 @@ def test_a_message_after_a_turn_that_failed_is_answered(dialogue, say, engine, m
     assert [m.role for m in dialogue.messages] == ["user", "assistant"] * 2
 
 
-def test_ctrl_c_during_an_answer_ends_the_answer(engine, dialogue, say, monkeypatch):
+def test_ctrl_c_during_an_answer_ends_the_answer(engine, dialogue, say, monkeypatch, request):
     step = engine.engine.step
     steps = []
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before in this process
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
 
     def interrupted():
         steps.append(1)
