@@ -11,10 +11,7 @@ from typing import NoReturn
 
 import yaml
 
-PREEMPTED, INTERRUPTED = (
-    42,
-    130,
-)  # the exit codes of commands that a signal stopped, and that have saved
+PREEMPTED, INTERRUPTED = 42, 130  # exit codes of commands that a signal stopped, and that have saved
 # What a new start does not change: done, diverged, a mistake, no such command, Ctrl-C. All else is
 # started again: a preempted run, one that the kernel or a lost host ended, and those that jax ended
 # (134) because another one was lost.
@@ -65,6 +62,23 @@ def add_job_options(parser: Parser) -> None:
 def add_restarts(parser: Parser) -> None:
     """--max_restarts, for what ended badly; a preemption counts where the scheduler counts it."""
     parser.add_argument("--max_restarts", type=at_least(0), default=100, help="starts after the first one")
+
+
+def add_mounts(parser: Parser) -> None:
+    """--mount, for launchers whose machines see a bucket as a folder."""
+    parser.add_argument(
+        "--mount",
+        action="append",
+        default=[],
+        type=bucket_mount,
+        metavar="gs://BUCKET:/FOLDER",
+        help="a bucket as a folder; may be repeated",
+    )
+
+
+def add_num_slices(parser: Parser) -> None:
+    """--num_slices, for launchers of TPU slices."""
+    parser.add_argument("--num_slices", type=at_least(1), default=1, help="slices, joined by the data-centre network")
 
 
 def job_name(text: str) -> str:

@@ -119,26 +119,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     common.add_restarts(parser)
     parser.add_argument("--by", choices=("gcluster", "kubectl"), default="gcluster", help="what submits the job")
     parser.add_argument("--slice", required=True, type=parse_slice, help="GENERATION:TOPOLOGY, e.g. v5p:4x4x4")
-    parser.add_argument(
-        "--num_slices",
-        type=common.at_least(1),
-        default=1,
-        help="slices, joined by the data-centre network",
-    )
+    common.add_num_slices(parser)
     parser.add_argument("--queue", help="Kueue's LocalQueue; gcluster finds the cluster's own")
     parser.add_argument("--image", help="a container with the project in its working folder (see Containerfile)")
     parser.add_argument("--base_image", help="what gcluster puts this folder into, instead of --image")
     parser.add_argument("--cluster", help="its name, for gcluster; empty: as `gcluster job config` has it")
     parser.add_argument("--location", help="its region or zone, for gcluster")
     parser.add_argument("--service_account", help="of Kubernetes, with access to the buckets")
-    parser.add_argument(
-        "--mount",
-        action="append",
-        default=[],
-        type=common.bucket_mount,
-        metavar="gs://BUCKET:/FOLDER",
-        help="a bucket as a folder, by Cloud Storage FUSE; may be repeated",
-    )
+    common.add_mounts(parser)
     parser.add_argument(
         "--grace_seconds",
         type=common.at_least(1),

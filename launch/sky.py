@@ -43,14 +43,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--spot", action="store_true", help="cheaper machines that may be taken away")
     parser.add_argument("--infra", help="cloud[/region[/zone]] or k8s[/context]; empty: the cheapest that has room")
-    parser.add_argument(
-        "--mount",
-        action="append",
-        default=[],
-        type=common.bucket_mount,
-        metavar="gs://BUCKET:/FOLDER",
-        help="a bucket as a folder; may be repeated",
-    )
+    common.add_mounts(parser)
     options, command = parser.parse(arguments)
     text = common.to_yaml(task(options, command))
     if options.dry_run:

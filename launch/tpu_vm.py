@@ -103,12 +103,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--project", help="empty: gcloud's own")
     parser.add_argument("--accelerator_type", required=True, help="as gcloud names it, e.g. v5p-128 or v6e-256")
     parser.add_argument("--runtime_version", help="of the machines' image; empty: the one for the accelerator")
-    parser.add_argument(
-        "--num_slices",
-        type=common.at_least(1),
-        default=1,
-        help="slices, joined by the data-centre network",
-    )
+    common.add_num_slices(parser)
     parser.add_argument("--spot", action="store_true", help="cheaper machines that may be taken away")
     parser.add_argument(
         "--create",
